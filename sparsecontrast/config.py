@@ -1,0 +1,326 @@
+"""Configuration: Hydra at the edge, frozen dataclasses inside.
+
+``compose`` is the only place that meets Hydra. Everything else takes these dataclasses, or plain
+arguments. An unknown key or an impossible value is a ``ConfigError`` that names it.
+"""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsecontrast.errors import ConfigError
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A timm ViT: ``name`` as timm spells it, ``depth`` None for the model's own."""
+
+    name: str
+    img_size: int
+    patch_size: int
+    depth: int | None
+    pretrained: bool | str
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A pretraining method; ``configs/method/*.yaml`` explains every field."""
+
+    name: Literal["sparse_contrast", "dense_contrast"]
+    selection: Literal["learned", "random", "centre", "energy"]
+    keep: float
+    cell: int
+    explore: float
+    temperature: float
+    projection_dim: int
+    projection_hidden: int
+    momentum: float
+    distill_weight: float
+    distill_every: int
+    distill_fraction: float
+    entropy_floor: float
+    entropy_weight: float
+    sparsity_weight: float
+    same_patient: bool
+    dense_start: float
+    dense_end: float
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """How many procedural radiographs; patients per hospital, images per patient at most."""
+
+    sites: int = 10
+    patients_per_site: int = 40
+    images_per_patient: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from. ``recipe`` is read by ``sparsecontrast.data.index``."""
+
+    name: str
+    kind: Literal["phantom", "csv", "dicom"]
+    root: str | None
+    index: str | None
+    image_size: int
+    cache_dir: str | None
+    frontal_only: bool
+    chest_only: bool
+    val_fraction: float
+    test_fraction: float
+    salt: str
+    merge_sites_to: int | None
+    min_images: int
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of a site; only ``none`` for now."""
+
+    name: Literal["none"]
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds, participation, strategy and limits; see ``configs/federation/fedavg.yaml``."""
+
+    rounds: int
+    sites: int
+    fraction: float
+    strategy: str
+    options: Mapping[str, Any]
+    proximal_mu: float
+    min_sites: int
+    round_timeout: float
+    connect_timeout: float
+    payload_dtype: Literal["fp32", "fp16"]
+    weighting: Literal["examples", "uniform"]
+    max_weight: float
+    max_norm_ratio: float
+    partition: Literal["by_site", "dirichlet", "quantity", "iid", "scanner"]
+    alpha: float
+    workers: int
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """What a site owns: its name and where its durable state lies."""
+
+    name: str | None
+    state_dir: str | None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One site's local loop; ``warmup_rounds`` is a fraction of all rounds."""
+
+    batch_size: int
+    local_epochs: int
+    lr: float
+    weight_decay: float
+    warmup_rounds: float
+    precision: Literal["fp32", "bf16"]
+    threads: int
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Probes of a run; ``tasks`` entries are read by ``sparsecontrast.evaluation``."""
+
+    keep: str | float
+    label_fractions: tuple[float, ...]
+    bootstrap: int
+    knn_neighbours: int
+    tasks: tuple[Mapping[str, Any], ...]
+    baselines: tuple[str, ...]
+    overlays: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole. ``overrides`` is what the user said, for the record and for the sites."""
+
+    method: MethodConfig
+    backbone: BackboneConfig
+    data: DataConfig
+    privacy: PrivacyConfig
+    federation: FederationConfig
+    site: SiteConfig
+    train: TrainConfig
+    evaluation: EvaluationConfig
+    seed: int
+    selection: str
+    output_dir: str
+    resume: str | None
+    tensorboard: bool
+    experiment: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def compose(overrides: Sequence[str] | str = ()) -> Config:
+    """Compose ``configs/`` with Hydra overrides into a checked ``Config``.
+
+    Args:
+        overrides: ``["data.root=/x", "method=dense_contrast"]``, or one string of them separated by
+            white space or newlines (Flower's run config carries one string).
+
+    Raises:
+        ConfigError: an unknown group, key or value, with the nearest known names.
+    """
+    words = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
+    config = _build(Config, {**_hydra(words), "overrides": tuple(words)}, "")
+    _check(config)
+    return config
+
+
+def split_overrides(text: str) -> list[str]:
+    """Split one string into overrides at white space outside brackets and quotes."""
+    words, word, depth, quote = [], "", 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        else:
+            depth += (char in "[{(") - (char in "]})")
+        if char.isspace() and not quote and depth == 0:
+            words, word = [*words, word], ""
+        else:
+            word += char
+    return [w for w in [*words, word] if w]
+
+
+def anchored(path: str | Path) -> Path:
+    """Make a path absolute: relative ones start at ``$SPARSECONTRAST_HOME``, else here."""
+    return (Path(os.environ.get("SPARSECONTRAST_HOME") or Path.cwd()) / Path(path).expanduser()).resolve()
+
+
+def site_state_dir(config: Config, site: str) -> Path:
+    """Return the folder of a site's durable state."""
+    if config.site.state_dir is not None:
+        return anchored(config.site.state_dir)
+    return anchored(config.output_dir) / "sites" / site
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain dicts and lists, for YAML and JSON."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: as_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {k: as_dict(v) for k, v in config.items()}
+    if isinstance(config, list | tuple):
+        return [as_dict(v) for v in config]  # type: ignore[return-value]
+    return config
+
+
+def _hydra(words: list[str]) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            tree = hydra_compose("config", overrides=words, return_hydra_config=False)
+        return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"overrides {words}: {reason}. {_choices()}") from error
+
+
+def _choices() -> str:
+    groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
+    known = (f"{g}={'|'.join(sorted(p.stem for p in (CONFIG_DIR / g).glob('*.yaml')))}" for g in groups)
+    return "Known groups: " + "; ".join(known) + ". Any key of configs/ can be set as key=value."
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    """Build ``cls`` from a mapping, checking names and types on the way."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'config'}: expected keys of {cls.__name__}, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{where or 'config'}: unknown {unknown}; known: {sorted(known)}")
+    missing = [
+        name for name, f in known.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where or 'config'}: missing {missing}")
+    return cls(**{name: _convert(hints[name], value, f"{where}{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{where}.")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where}={value!r}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        for option in args:
+            if _fits(option, value):
+                return _convert(option, value, where) if option is not type(None) else None
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    elif _fits(hint, value):
+        return float(value) if hint is float else value
+    raise ConfigError(f"{where}={value!r}: expected {getattr(hint, '__name__', hint)}")
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    if kind in (Any, type(None)):
+        return kind is Any or value is None
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _check(config: Config) -> None:
+    """Refuse values that are well-typed but impossible."""
+    b, m, t, f, d = config.backbone, config.method, config.train, config.federation, config.data
+    cell = b.patch_size * m.cell
+    rules = [
+        (b.img_size % cell == 0, f"backbone.img_size={b.img_size}: must be a multiple of patch_size x cell = {cell}"),
+        (0 < m.keep <= 1, f"method.keep={m.keep}: must be in (0, 1]"),
+        (0 <= m.explore < 1, f"method.explore={m.explore}: must be in [0, 1)"),
+        (m.temperature > 0, f"method.temperature={m.temperature}: must be positive"),
+        (0 <= m.momentum < 1, f"method.momentum={m.momentum}: must be in [0, 1)"),
+        (m.distill_every >= 1, f"method.distill_every={m.distill_every}: must be at least 1"),
+        (0 < m.distill_fraction <= 1, f"method.distill_fraction={m.distill_fraction}: must be in (0, 1]"),
+        (t.batch_size >= 2, f"train.batch_size={t.batch_size}: contrast needs at least 2 images"),
+        (t.local_epochs >= 1, f"train.local_epochs={t.local_epochs}: must be at least 1"),
+        (t.threads >= 1, f"train.threads={t.threads}: must be at least 1"),
+        (t.lr > 0, f"train.lr={t.lr}: must be positive"),
+        (f.rounds >= 1, f"federation.rounds={f.rounds}: must be at least 1"),
+        (f.sites >= 1, f"federation.sites={f.sites}: must be at least 1"),
+        (0 < f.fraction <= 1, f"federation.fraction={f.fraction}: must be in (0, 1]"),
+        (1 <= f.min_sites <= f.sites, f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}"),
+        (0 < f.max_weight <= 1, f"federation.max_weight={f.max_weight}: must be in (0, 1]"),
+        (f.alpha > 0, f"federation.alpha={f.alpha}: must be positive"),
+        (f.workers >= 1, f"federation.workers={f.workers}: must be at least 1"),
+        (0 < d.val_fraction + d.test_fraction < 1, "data.val_fraction + data.test_fraction: must be in (0, 1)"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)

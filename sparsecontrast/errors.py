@@ -1,0 +1,162 @@
+"""Every error a user can cause, and the code that may travel in its place.
+
+    SparseContrastError                 internal
+    ├── ConfigError                     config          unknown override, impossible value
+    ├── DataError                       data
+    │   ├── MissingDataError            data_missing    folder or index that is not there
+    │   ├── RecipeError                 data_recipe     a recipe that does not fit its table
+    │   ├── IndexSchemaError            data_schema     an index without the agreed columns
+    │   ├── ImageReadError              image_unreadable  one file; quarantined, never fatal
+    │   ├── EmptySiteError              site_empty      no usable image at a site
+    │   ├── TooFewImagesError           site_too_small  fewer images than the method needs
+    │   └── PatientLeakError            patient_leak    one patient in two splits or two sites
+    ├── ModelError                      model
+    │   └── BackboneMismatchError       backbone_mismatch  weights of another architecture
+    ├── MethodError                     method          a loss that cannot be computed as asked
+    ├── PayloadError                    payload_*       what arrived may not be aggregated
+    ├── StorageError                    storage         full disk, read-only folder
+    │   └── CheckpointError             checkpoint      torn, foreign or missing round file
+    ├── FederationError                 federation
+    │   └── QuorumError                 quorum          too few valid replies in a round
+    └── EvaluationError                 evaluation
+        ├── UntrainedError              untrained       nothing was trained, nothing to score
+        └── LabelError                  label           a label absent or constant where needed
+
+The message of an error (what was wrong, where, what to do) stays on the machine where it arose:
+it may hold paths. Only ``code`` travels.
+"""
+
+
+class SparseContrastError(Exception):
+    """Root of the tree; ``code`` is a short constant that is safe to send to a server."""
+
+    code = "internal"
+
+
+class ConfigError(SparseContrastError):
+    """An unknown override, or a value outside its range."""
+
+    code = "config"
+
+
+class DataError(SparseContrastError):
+    """The data of a site cannot be used as asked."""
+
+    code = "data"
+
+
+class MissingDataError(DataError):
+    """A folder, index or image that was named does not exist."""
+
+    code = "data_missing"
+
+
+class RecipeError(DataError):
+    """A recipe names columns, labels or files that its table does not have."""
+
+    code = "data_recipe"
+
+
+class IndexSchemaError(DataError):
+    """An index file lacks agreed columns or holds values of the wrong kind."""
+
+    code = "data_schema"
+
+
+class ImageReadError(DataError):
+    """One image file cannot be decoded; callers quarantine it and go on."""
+
+    code = "image_unreadable"
+
+
+class EmptySiteError(DataError):
+    """A site has no usable image."""
+
+    code = "site_empty"
+
+
+class TooFewImagesError(DataError):
+    """A site has fewer images than the method needs for one step."""
+
+    code = "site_too_small"
+
+
+class PatientLeakError(DataError):
+    """A patient stands in two splits, or at two sites."""
+
+    code = "patient_leak"
+
+
+class ModelError(SparseContrastError):
+    """A model cannot be built as asked."""
+
+    code = "model"
+
+
+class BackboneMismatchError(ModelError):
+    """Weights do not fit the backbone that the config names."""
+
+    code = "backbone_mismatch"
+
+
+class MethodError(SparseContrastError):
+    """A method cannot compute its loss on what it was given."""
+
+    code = "method"
+
+
+class PayloadError(SparseContrastError):
+    """A payload may not leave, or may not be aggregated.
+
+    Args:
+        reason: one of ``names``, ``shape``, ``dtype``, ``size``, ``nonfinite``, ``norm``,
+            ``manifest``, ``weight``, ``stale``; becomes the end of ``code``.
+        message: what was wrong, without values of the arrays.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+        self.code = f"payload_{reason}"
+
+
+class StorageError(SparseContrastError):
+    """A file could not be written whole; the previous one is still there."""
+
+    code = "storage"
+
+
+class CheckpointError(StorageError):
+    """A round file is torn, missing or belongs to another run."""
+
+    code = "checkpoint"
+
+
+class FederationError(SparseContrastError):
+    """The federation cannot go on."""
+
+    code = "federation"
+
+
+class QuorumError(FederationError):
+    """Fewer valid replies than ``federation.min_sites`` in one round."""
+
+    code = "quorum"
+
+
+class EvaluationError(SparseContrastError):
+    """A score that would mean nothing was asked for."""
+
+    code = "evaluation"
+
+
+class UntrainedError(EvaluationError):
+    """The weights to score were never trained."""
+
+    code = "untrained"
+
+
+class LabelError(EvaluationError):
+    """A label is absent or constant where both classes are needed."""
+
+    code = "label"
