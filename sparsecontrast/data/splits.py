@@ -1,0 +1,52 @@
+"""Patient-disjoint splits that do not move when data is added.
+
+The split of a patient depends on the salt and on the patient's own id alone, so a new study of a
+known patient, or a thousand new patients, never push anyone from train to test.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from sparsecontrast.errors import ConfigError
+
+
+def assign_splits(
+    patient_ids: Sequence[str], salt: str, val_fraction: float, test_fraction: float
+) -> list[str]:
+    """Give each id its split: ``test``, ``val`` or ``train``; equal ids get equal splits.
+
+    sha256(salt + ":" + id) is read as a number u in [0, 1): u < test_fraction is test,
+    u < test_fraction + val_fraction is val, the rest is train.
+
+    Args:
+        patient_ids: one pseudonym an image, repeats allowed.
+        salt: any text; another salt is another, independent split.
+        val_fraction: expected share of patients in val, in [0, 1).
+        test_fraction: expected share of patients in test, in [0, 1).
+
+    Returns:
+        One split an id, in the order given.
+
+    Raises:
+        ConfigError: fractions that are negative or leave nothing to train on.
+    """
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise ConfigError(
+            f"val_fraction={val_fraction}, test_fraction={test_fraction}: must not be negative, "
+            "and their sum must be below 1"
+        )
+
+    def split(patient_id: str) -> str:
+        draw = unit_hash(salt, patient_id)
+        if draw < test_fraction:
+            return "test"
+        return "val" if draw < test_fraction + val_fraction else "train"
+
+    known = {patient_id: split(patient_id) for patient_id in set(patient_ids)}
+    return [known[patient_id] for patient_id in patient_ids]
+
+
+def unit_hash(salt: str, patient_id: str) -> float:
+    """Return sha256(salt + ":" + id) as a number in [0, 1), from its first 52 bits (exact in a float)."""
+    digest = hashlib.sha256(f"{salt}:{patient_id}".encode()).digest()
+    return (int.from_bytes(digest[:7], "big") >> 4) / 2**52
