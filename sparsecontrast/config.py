@@ -258,8 +258,11 @@ def _build(cls: Any, values: Any, where: str) -> Any:
     if unknown:
         raise ConfigError(f"{where or 'config'}: unknown {unknown}; known: {sorted(known)}")
     missing = [
-        name for name, f in known.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        name
+        for name, f in known.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{where or 'config'}: missing {missing}")
@@ -301,7 +304,10 @@ def _check(config: Config) -> None:
     b, m, t, f, d = config.backbone, config.method, config.train, config.federation, config.data
     cell = b.patch_size * m.cell
     rules = [
-        (b.img_size % cell == 0, f"backbone.img_size={b.img_size}: must be a multiple of patch_size x cell = {cell}"),
+        (
+            b.img_size % cell == 0,
+            f"backbone.img_size={b.img_size}: must be a multiple of patch_size x cell = {cell}",
+        ),
         (0 < m.keep <= 1, f"method.keep={m.keep}: must be in (0, 1]"),
         (0 <= m.explore < 1, f"method.explore={m.explore}: must be in [0, 1)"),
         (m.temperature > 0, f"method.temperature={m.temperature}: must be positive"),
@@ -315,11 +321,17 @@ def _check(config: Config) -> None:
         (f.rounds >= 1, f"federation.rounds={f.rounds}: must be at least 1"),
         (f.sites >= 1, f"federation.sites={f.sites}: must be at least 1"),
         (0 < f.fraction <= 1, f"federation.fraction={f.fraction}: must be in (0, 1]"),
-        (1 <= f.min_sites <= f.sites, f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}"),
+        (
+            1 <= f.min_sites <= f.sites,
+            f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
+        ),
         (0 < f.max_weight <= 1, f"federation.max_weight={f.max_weight}: must be in (0, 1]"),
         (f.alpha > 0, f"federation.alpha={f.alpha}: must be positive"),
         (f.workers >= 1, f"federation.workers={f.workers}: must be at least 1"),
-        (0 < d.val_fraction + d.test_fraction < 1, "data.val_fraction + data.test_fraction: must be in (0, 1)"),
+        (
+            0 < d.val_fraction + d.test_fraction < 1,
+            "data.val_fraction + data.test_fraction: must be in (0, 1)",
+        ),
     ]
     for holds, message in rules:
         if not holds:

@@ -1,0 +1,58 @@
+"""One function per loss; each returns one value a row, never averaged."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(first: Tensor, second: Tensor, temperature: float, patients: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE with in-batch negatives (van den Oord et al. 2018, eq. 4).
+
+    Row i's positive is the other view's row i; its negatives are the other view's other rows. Rows of
+    the same patient are no negatives of each other. Chance level is ``ln(B)`` when all patients
+    differ. Row i's loss depends on every row: never use it under per-sample privacy.
+
+    Args:
+        first: embeddings of the first views [B, D], any norm.
+        second: embeddings of the second views [B, D].
+        temperature: positive.
+        patients: integer codes [B]; None when every row is another patient.
+
+    Returns:
+        Loss [B], >= 0.
+    """
+    a, b = F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
+    logits = a @ b.T / temperature
+    if patients is not None:
+        same = patients[:, None] == patients[None, :]
+        logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
+    target = torch.arange(len(a), device=a.device)
+    forward = F.cross_entropy(logits, target, reduction="none")
+    return 0.5 * (forward + F.cross_entropy(logits.T, target, reduction="none"))
+
+
+def distillation(scores: Tensor, attention: Tensor) -> Tensor:
+    """KL(attention || softmax(scores)) per row: the scorer learns the teacher's attention.
+
+    Args:
+        scores: raw cell scores [B, N].
+        attention: the target distribution [B, N], rows sum to 1; no gradient flows to it.
+
+    Returns:
+        Loss [B], >= 0.
+    """
+    return F.kl_div(scores.log_softmax(1), attention.detach(), reduction="none").sum(1)
+
+
+def entropy_shortfall(scores: Tensor, floor: float) -> Tensor:
+    """How far the entropy of softmax(scores) [B, N] falls below ``floor * ln(N)``: [B], in nats."""
+    log_p = scores.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return F.relu(floor * math.log(scores.shape[1]) - entropy)
+
+
+def sparsity_budget(scores: Tensor, fraction: float) -> Tensor:
+    """Squared distance of the mean keep probability, sigmoid(scores) [B, N], from ``fraction``: [B]."""
+    return (scores.sigmoid().mean(1) - fraction).square()

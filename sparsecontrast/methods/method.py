@@ -1,0 +1,80 @@
+"""What the trainer, the payload and the evaluation may know of a pretraining method."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+SHARED = ("backbone.", "saliency.")  # the only prefixes whose tensors may leave a site
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Two views of B images.
+
+    Attributes:
+        first: [B, 1, H, W], normalised.
+        second: [B, 1, H, W].
+        patients: integer codes [B].
+        generator: randomness of this step.
+        step: 0-based step at this site in this round.
+    """
+
+    first: Tensor
+    second: Tensor
+    patients: Tensor
+    generator: torch.Generator
+    step: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the method looks at: raw scores [B, cells], kept cells [B, m], the grid (rows, columns)."""
+
+    scores: Tensor
+    kept: Tensor
+    grid: tuple[int, int]
+
+
+class Method(Protocol):
+    """A pretraining method, an ``nn.Module``.
+
+    ``per_sample`` is true only when row i's loss depends on row i alone; private training refuses
+    a method whose ``per_sample`` is false.
+    """
+
+    per_sample: bool
+    backbone: nn.Module
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss of each row, [B]."""
+        ...
+
+    def start_round(self, round_number: int, rounds: int) -> None:
+        """Set what the schedule says for round 1..rounds; the same at every site."""
+        ...
+
+    def after_step(self) -> None:
+        """Update what follows the weights (an EMA teacher) after an optimizer step."""
+        ...
+
+    def reset_local(self) -> None:
+        """Start the site's local parts anew from the shared ones: a site without a past."""
+        ...
+
+    def shared_parameters(self) -> list[str]:
+        """Names in ``state_dict()`` that may leave a site."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Scalars of the last step that may leave a site."""
+        ...
+
+    def encode(self, images: Tensor, keep: str | float = "dense") -> Tensor:
+        """Embed images [B, 1, H, W] -> [B, D], deterministic, without gradient."""
+        ...
+
+    def look(self, images: Tensor) -> Look:
+        """Show where the method looks, deterministic, without gradient."""
+        ...

@@ -1,0 +1,178 @@
+"""A timm ViT that runs on mixed-resolution tokens: kept cells fine, every other cell one coarse token.
+
+Nothing is masked: a dropped token is physically absent from every block. With all cells kept the
+forward pass is timm's own. The background is demoted, never deleted, so no lesion can become
+invisible; that coverage is ours (SparseContrast, arXiv 2605.00887, trims attention to the
+predicted regions). A coarse token is the cell mean-pooled to one patch, embedded by the same
+projection, at the mean of its patches' positions, plus a learned "coarse" embedding.
+"""
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from sparsecontrast.config import BackboneConfig
+from sparsecontrast.errors import MissingDataError, ModelError
+from sparsecontrast.models import tokens
+
+
+class SparseViT(nn.Module):
+    """A plain timm ViT and what its coarse tokens need.
+
+    Args:
+        vit: a timm ``VisionTransformer`` on one channel without a classifier.
+        cell: a cell is ``cell x cell`` patches.
+    """
+
+    def __init__(self, vit: VisionTransformer, cell: int):
+        super().__init__()
+        self.vit = vit
+        self.cell = cell
+        self.coarse = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
+        rows, columns = vit.patch_embed.grid_size
+        self.grid = (rows // cell, columns // cell)
+        self.register_buffer("positions", tokens.cell_positions((rows, columns), cell), persistent=False)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the embedding."""
+        return self.vit.embed_dim
+
+    def forward(self, images: Tensor, kept: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        """Embed images [B, 1, H, W] -> [B, D].
+
+        Args:
+            images: at the backbone's size.
+            kept: cells to keep fine [B, m], each row ascending; None keeps all (dense).
+            gate: [B, m] factors on the kept cells' tokens, 1 in value: they let a gradient reach the scorer.
+        """
+        if kept is None:
+            return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
+        return self.vit.forward_head(self._blocks(self.embed(images, kept, gate)), pre_logits=True)
+
+    def embed(self, images: Tensor, kept: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Return the input tokens [B, prefix + cell^2 m + (cells - m), D]: fine, then coarse."""
+        vit, cell = self.vit, self.cell
+        patch = vit.patch_embed.patch_size[0]
+        rest = tokens.complement(kept, self.num_cells)
+        prefix, table = self._position_table()
+        places = self.positions[kept].flatten(1)  # type: ignore[index]
+        fine = self._project(tokens.gather(tokens.cell_patches(images, patch, cell), kept).flatten(1, 2))
+        if gate is not None:
+            fine = fine * gate.repeat_interleave(cell * cell, dim=1)[..., None].to(fine.dtype)
+        coarse = self._project(tokens.gather(tokens.coarse_patches(images, patch, cell), rest)) + self.coarse
+        coarse = coarse + table[self.positions].mean(1)[rest]  # type: ignore[index]
+        body = torch.cat([fine + table[places], coarse], dim=1)
+        heads = prefix.expand(images.shape[0], -1, -1).to(body.dtype)
+        return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
+
+    def attention(self, images: Tensor) -> Tensor:
+        """Layer- and head-averaged attention of the CLS token over the cells, dense: [B, cells], rows sum to 1.
+
+        A model without a CLS token gives the attention of the mean query.
+        """
+        vit = self.vit
+        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
+        total = images.new_zeros(images.shape[0], x.shape[1] - vit.num_prefix_tokens)
+        for block in vit.blocks:
+            total += _query_attention(block.attn, block.norm1(x), vit)  # type: ignore[union-attr]
+            x = block(x)
+        cells = total[:, self.positions].sum(-1)  # type: ignore[index]
+        return cells / cells.sum(1, keepdim=True)
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return self.vit.norm(self.vit.blocks(x))
+
+    def _project(self, patches: Tensor) -> Tensor:
+        """The patch embedding as one matrix product: [B, K, C * patch^2] -> [B, K, D]."""
+        embed = self.vit.patch_embed
+        weight = embed.proj.weight.flatten(1)
+        return embed.norm(nn.functional.linear(patches, weight, embed.proj.bias))
+
+    def _position_table(self) -> tuple[Tensor, Tensor]:
+        """Prefix tokens with their positions [1, prefix, D], and the positions of all patches [L, D]."""
+        vit = self.vit
+        prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        heads = torch.cat(prefix, dim=1) if prefix else vit.pos_embed[:, :0]
+        if vit.no_embed_class or not prefix:
+            return heads, vit.pos_embed[0]
+        n = vit.num_prefix_tokens
+        return heads + vit.pos_embed[:, :n], vit.pos_embed[0, n:]
+
+
+def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
+    """Build the backbone by timm name, at any size, on one channel; the caller seeds torch.
+
+    Raises:
+        ModelError: the name is no plain timm ViT, or the weights do not fit it.
+        MissingDataError: ``pretrained`` names a file that is not there.
+    """
+    options = {} if config.depth is None else {"depth": config.depth}
+    try:
+        vit = timm.create_model(
+            config.name, img_size=config.img_size, patch_size=config.patch_size,
+            in_chans=1, num_classes=0, **options,
+        )  # fmt: skip
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"backbone.name={config.name}: timm cannot build it: {error}") from error
+    if (
+        not isinstance(vit, VisionTransformer)
+        or getattr(vit, "pos_embed", None) is None
+        or vit.attn_pool is not None
+    ):
+        raise ModelError(f"backbone.name={config.name}: only plain ViTs with learned positions are supported")
+    if config.pretrained:
+        _load_pretrained(vit, _pretrained_state(config))
+    return SparseViT(vit, cell)
+
+
+def _pretrained_state(config: BackboneConfig) -> dict[str, Tensor]:
+    if config.pretrained is True:
+        return timm.create_model(config.name, pretrained=True).state_dict()
+    from pathlib import Path
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(str(config.pretrained))
+    if not path.is_file():
+        raise MissingDataError(
+            f"backbone.pretrained={path}: no such file; give a safetensors file of {config.name}, or true"
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"backbone.pretrained={path}: not a whole safetensors file: {error}") from error
+
+
+def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
+    """Fit RGB weights of another size to one channel, this patch and image size, this depth."""
+    weight = state.get("patch_embed.proj.weight")
+    if weight is None or weight.shape[0] != vit.embed_dim:
+        found = "no patch embedding" if weight is None else f"width {weight.shape[0]}"
+        raise ModelError(f"backbone.pretrained: expected a ViT of width {vit.embed_dim}, found {found}")
+    # the sum over RGB, not the mean: a grey image fed to all three channels gives the same token
+    state = {**state, "patch_embed.proj.weight": weight.sum(1, keepdim=True)}
+    wanted = vit.state_dict()
+    state = {k: v for k, v in checkpoint_filter_fn(state, vit).items() if k in wanted}
+    missing = sorted(set(wanted) - set(state))
+    wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)
+    if missing or wrong:
+        raise ModelError(f"backbone.pretrained: missing {missing[:3]}, of another shape {wrong[:3]}")
+    vit.load_state_dict(state)
+
+
+def _query_attention(attn: nn.Module, x: Tensor, vit: VisionTransformer) -> Tensor:
+    """Attention of one query (CLS, or the mean) over the patches: [B, L], averaged over heads."""
+    b, n, _ = x.shape
+    q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[operator]
+    q, k = attn.q_norm(q), attn.k_norm(k)  # type: ignore[operator]
+    query = q[:, :, :1] if vit.cls_token is not None else q.mean(2, keepdim=True)
+    weights = (query * attn.scale @ k.transpose(-2, -1)).softmax(-1)
+    return weights[:, :, 0, vit.num_prefix_tokens :].mean(1)

@@ -1,0 +1,108 @@
+"""Tokens as pure functions: cut an image into patches and cells, choose cells, move tokens.
+
+A *patch* is ``p x p`` pixels (one fine token). A *cell* is ``c x c`` patches; it enters the backbone
+either as its ``c * c`` fine tokens or as one coarse token. All tokens L = cells x c^2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecontrast.errors import MethodError
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cut images [B, C, H, W] into patches [B, L, C * patch * patch], row by row.
+
+    The last axis is ordered (channel, row, column), as a convolution's weight is, so that a
+    patch-embedding convolution equals one matrix product.
+    """
+    b, c, h, w = images.shape
+    x = images.reshape(b, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
+
+
+def cell_patches(images: Tensor, patch: int, cell: int) -> Tensor:
+    """Cut images [B, C, H, W] into fine patches grouped by cell: [B, cells, cell^2, C * patch^2].
+
+    Within a cell the patches run row by row.
+    """
+    b = images.shape[0]
+    cells = patchify(images, patch * cell)
+    c = images.shape[1]
+    square = cells.reshape(-1, c, patch * cell, patch * cell)
+    return patchify(square, patch).reshape(b, -1, cell * cell, c * patch * patch)
+
+
+def cell_positions(grid: tuple[int, int], cell: int) -> Tensor:
+    """Patch indices of each cell: [cells, cell^2] long, for a patch grid (rows, columns)."""
+    rows, columns = grid
+    index = torch.arange(rows * columns).reshape(1, 1, rows, columns)
+    return cell_patches(index, 1, cell).reshape(-1, cell * cell)
+
+
+def coarse_patches(images: Tensor, patch: int, cell: int) -> Tensor:
+    """Mean-pool the image ``cell`` times and cut it into patches: one per cell, [B, cells, C * patch^2]."""
+    return patchify(F.avg_pool2d(images, cell), patch)
+
+
+def fine_cells(keep: float, num_cells: int, cell: int) -> int:
+    """Return m, the number of cells to keep fine, for a token budget ``keep`` in [1 / cell^2, 1].
+
+    With m fine cells the backbone sees ``num_cells + (cell^2 - 1) m`` tokens; m is the nearest
+    to ``keep * L``. ``keep = 1`` keeps all of them, ``keep = 1 / cell^2`` none.
+
+    Raises:
+        MethodError: ``keep`` lies outside that range.
+    """
+    smallest = 1 / cell**2
+    if not smallest <= keep <= 1:
+        raise MethodError(
+            f"keep={keep}: must be in [{smallest:g}, 1]: every cell of {cell}x{cell} patches keeps at least its coarse token"
+        )
+    return round((keep * num_cells * cell**2 - num_cells) / (cell**2 - 1)) if cell > 1 else num_cells
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices [B, k] of the k highest scores [B, N] of each row, ascending; ties go to the lower index."""
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    return order[:, :k].sort(dim=1).values
+
+
+def explore_top_k(scores: Tensor, k: int, explore: float, generator: torch.Generator) -> Tensor:
+    """Choose k of N cells: ``k - round(explore * k)`` top-scored, the rest uniform among the others.
+
+    Args:
+        scores: [B, N].
+        k: how many, in 0..N.
+        explore: share drawn at random, in [0, 1).
+        generator: the only source of randomness.
+
+    Returns:
+        Indices [B, k], ascending, without repeats.
+    """
+    quota = round(explore * k)
+    noise = torch.rand(scores.shape, generator=generator).to(scores.device)
+    if quota == k:
+        return top_k(noise, k)
+    best = top_k(scores, k - quota)
+    # a value above every random draw puts the top-scored cells first and leaves the rest to chance
+    return top_k(noise.scatter(1, best, 2.0), k)
+
+
+def complement(kept: Tensor, n: int) -> Tensor:
+    """Indices [B, n - k] that ``kept`` [B, k] leaves out of 0..n-1, ascending."""
+    mask = torch.ones(kept.shape[0], n, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
+    return mask.nonzero()[:, 1].reshape(kept.shape[0], n - kept.shape[1])
+
+
+def gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """Take rows ``index`` [B, K] of tokens [B, L, ...]: [B, K, ...]."""
+    shape = (*index.shape, *tokens.shape[2:])
+    return tokens.gather(1, index.reshape(*index.shape, *[1] * (tokens.dim() - 2)).expand(shape))
+
+
+def scatter(tokens: Tensor, index: Tensor, length: int) -> Tensor:
+    """Put tokens [B, K, ...] at ``index`` [B, K] of zeros [B, length, ...]: the inverse of gather."""
+    out = tokens.new_zeros(tokens.shape[0], length, *tokens.shape[2:])
+    return out.scatter(1, index.reshape(*index.shape, *[1] * (tokens.dim() - 2)).expand_as(tokens), tokens)
