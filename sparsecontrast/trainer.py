@@ -109,7 +109,7 @@ class LocalTrainer:
             round_number: 1-based server round.
             rounds: of the whole run; the schedules need it.
             on_step: called with (step, steps, loss).
-            proximal_mu: FedProx's weight of the distance to the round's global weights (Li et al. 2020, eq. 2).
+            proximal_mu: FedProx's weight of the distance to the global weights (Li et al. 2020, eq. 2).
 
         Raises:
             TooFewImagesError: fewer than two patients' images.

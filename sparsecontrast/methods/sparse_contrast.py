@@ -100,7 +100,7 @@ class SparseContrast(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, keep: str | float = "dense") -> Tensor:
-        """Embed images [B, 1, H, W] -> [B, D]; ``keep`` is dense, sparse (the configured share) or a number."""
+        """Embed images [B, 1, H, W] -> [B, D]; ``keep`` is dense, sparse (as configured) or a number."""
         return self.backbone(images, self._kept(self._scores(images), self._share(keep)))
 
     @torch.no_grad()

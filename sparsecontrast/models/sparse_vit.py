@@ -73,7 +73,7 @@ class SparseViT(nn.Module):
         return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
 
     def attention(self, images: Tensor) -> Tensor:
-        """Layer- and head-averaged attention of the CLS token over the cells, dense: [B, cells], rows sum to 1.
+        """Average the CLS token's attention over layers and heads, per cell: [B, cells], rows sum to 1.
 
         A model without a CLS token gives the attention of the mean query.
         """

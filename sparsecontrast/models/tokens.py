@@ -58,7 +58,8 @@ def fine_cells(keep: float, num_cells: int, cell: int) -> int:
     smallest = 1 / cell**2
     if not smallest <= keep <= 1:
         raise MethodError(
-            f"keep={keep}: must be in [{smallest:g}, 1]: every cell of {cell}x{cell} patches keeps at least its coarse token"
+            f"keep={keep}: must be in [{smallest:g}, 1]: "
+            f"every cell of {cell}x{cell} patches keeps at least its coarse token"
         )
     return round((keep * num_cells * cell**2 - num_cells) / (cell**2 - 1)) if cell > 1 else num_cells
 

@@ -1,0 +1,149 @@
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from sparsecontrast.config import BackboneConfig, compose
+from sparsecontrast.errors import MissingDataError, ModelError
+from sparsecontrast.methods import build_method
+from sparsecontrast.models import tokens
+from sparsecontrast.models.saliency import SaliencyPredictor, excluded_cells
+from sparsecontrast.models.sparse_vit import build_sparse_vit
+
+
+def backbone(name="vit_tiny_patch16_224", **options):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64, "patch_size": 8, "depth": 2, "pretrained": False} | options
+    return build_sparse_vit(BackboneConfig(name=name, **kwargs), 2)
+
+
+def images(n=3, size=64):
+    return torch.randn(n, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"])
+def test_dense_equals_plain_timm(name):
+    model = backbone(name).eval()
+    plain = timm.create_model(name, img_size=64, patch_size=8, depth=2, in_chans=1, num_classes=0).eval()
+    plain.load_state_dict(model.vit.state_dict())
+    x = images()
+    torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
+    # the mixed path with every cell fine is the same function, tokens in another order
+    every = torch.arange(model.num_cells).expand(3, -1)
+    torch.testing.assert_close(model(x, every), plain(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("m", [0, 3, 10, 16])
+def test_dropped_tokens_are_absent_inside_every_block(m):
+    model = backbone().eval()
+    seen = []
+    for block in model.vit.blocks:
+        block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    kept = tokens.top_k(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)), m)
+    model(images(), kept)
+    assert seen == [1 + 4 * m + (16 - m)] * 4
+
+
+def test_a_dropped_cell_is_seen_only_through_its_mean():
+    model = backbone().eval()
+    x, y = images(1), images(1)
+    y[..., 0:2, 0:2] += torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # within one 2x2 pool of cell 0
+    without, with_it = torch.tensor([[5, 9]]), torch.tensor([[0, 5]])
+    torch.testing.assert_close(model(x, without), model(y, without), atol=1e-5, rtol=1e-5)
+    assert (model(x, with_it) - model(y, with_it)).abs().max() > 1e-4
+
+
+def test_coarse_token_by_brute_force():
+    model = backbone().eval()
+    torch.nn.init.normal_(model.coarse)
+    x = images(1)
+    got = model.embed(x, torch.zeros(1, 0, dtype=torch.long))[0, 1 + 6]  # cell 6: row 1, column 2
+    pooled = torch.nn.functional.avg_pool2d(x[..., 16:32, 32:48], 2)
+    grid = model.vit.pos_embed[0, 1:].reshape(8, 8, -1)[2:4, 4:6].mean((0, 1))
+    expected = model.vit.patch_embed.proj(pooled)[0, :, 0, 0] + model.coarse[0, 0] + grid
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gate_leaves_values_and_carries_a_gradient():
+    model = backbone()
+    kept = torch.tensor([[1, 2]]).expand(3, -1)
+    score = torch.zeros(3, 2, requires_grad=True)
+    gate = 1 + score.sigmoid() - score.sigmoid().detach()
+    out = model(images(), kept, gate)
+    torch.testing.assert_close(out, model(images(), kept))
+    out.square().sum().backward()
+    assert (score.grad.abs() > 0).all()
+
+
+def test_attention_equals_timm_softmax_weights():
+    model = backbone(depth=2).eval()
+    weights = []
+    for block in model.vit.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_pre_hook(lambda _, args: weights.append(args[0]))
+    x = images()
+    model.vit(x)
+    cls = torch.stack(weights).mean((0, 2))[:, 0, 1:]
+    cells = cls[:, model.positions].sum(-1)
+    torch.testing.assert_close(model.attention(x), cells / cells.sum(1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [2, None])
+def test_pretrained_file_of_another_size_and_colour(tmp_path, depth):
+    rgb = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    save_file(rgb.state_dict(), tmp_path / "weights.safetensors")
+    model = backbone(
+        pretrained=str(tmp_path / "weights.safetensors"), patch_size=16, depth=depth, img_size=96
+    )
+    grey = torch.randn(1, 1, 16, 16)
+    same = rgb.patch_embed.proj(grey.expand(1, 3, 16, 16))
+    torch.testing.assert_close(model.vit.patch_embed.proj(grey), same, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.vit.blocks[1].mlp.fc1.weight, rgb.blocks[1].mlp.fc1.weight)
+    assert model.vit.pos_embed.shape == (1, 37, 192)
+
+
+def test_wrong_weights_and_names_are_clear_errors(tmp_path):
+    with pytest.raises(MissingDataError, match="no such file"):
+        backbone(pretrained=str(tmp_path / "none.safetensors"))
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ModelError, match="not a whole"):
+        backbone(pretrained=str(tmp_path / "torn.safetensors"))
+    small = timm.create_model("vit_small_patch16_224", depth=2)
+    save_file(small.state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(ModelError, match="width 192"):
+        backbone(pretrained=str(tmp_path / "small.safetensors"))
+    with pytest.raises(ModelError, match="timm cannot build"):
+        backbone("vit_of_nowhere")
+
+
+def test_scorer_is_small_and_scores_every_cell():
+    scorer = SaliencyPredictor((7, 7))
+    assert scorer(torch.randn(2, 1, 224, 224)).shape == (2, 49)
+    assert 15_000 < sum(p.numel() for p in scorer.parameters()) < 25_000
+
+
+def test_scorer_rows_are_independent():
+    scorer, x = SaliencyPredictor((4, 4)), images()
+    torch.testing.assert_close(scorer(x)[1:2], scorer(x[1:2]))
+
+
+def test_border_and_text_cells_are_excluded_and_anatomy_is_not():
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    image = 0.3 + 0.3 * torch.exp(-3 * (x**2 + y**2))
+    image[:, :16] = 0  # collimation
+    image[20:23, 40:42] = 1.0  # a letter's stroke
+    excluded = excluded_cells(image[None, None], (4, 4)).reshape(4, 4)
+    assert excluded[:, 0].all() and excluded[1, 2]
+    assert excluded.sum() == 5
+
+
+def test_dense_and_sparse_methods_start_from_the_same_weights():
+    base = "backbone.img_size=64 backbone.patch_size=8 backbone.depth=1"
+    state = torch.random.get_rng_state()
+    sparse, dense = build_method(compose(base)), build_method(compose(base + " method=dense_contrast"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, tensor in sparse.state_dict().items():
+        assert torch.equal(tensor, dense.state_dict()[name]), name
+    other = build_method(compose(base + " seed=1"))
+    assert not torch.equal(other.backbone.vit.cls_token, sparse.backbone.vit.cls_token)

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from sparsecontrast.errors import MethodError
+from sparsecontrast.models import tokens
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_patchify_is_what_a_convolution_sees(generator):
+    images = torch.randn(2, 3, 24, 32, generator=generator)
+    conv = torch.nn.Conv2d(3, 5, 8, stride=8)
+    expected = conv(images).flatten(2).transpose(1, 2)
+    got = torch.nn.functional.linear(tokens.patchify(images, 8), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cell_patches_follow_cell_positions(generator):
+    images = torch.randn(2, 1, 32, 48, generator=generator)
+    flat = tokens.patchify(images, 8)
+    grouped = tokens.cell_patches(images, 8, 2)
+    positions = tokens.cell_positions((4, 6), 2)
+    assert positions.flatten().sort().values.tolist() == list(range(24))
+    assert torch.equal(grouped, flat[:, positions])
+
+
+def test_coarse_patch_is_the_mean_of_each_cells_pixels(generator):
+    images = torch.randn(1, 1, 16, 16, generator=generator)
+    coarse = tokens.coarse_patches(images, 4, 2)
+    brute = torch.stack([images[0, 0, 8:10, 2:4].mean(), images[0, 0, 14:16, 0:2].mean()])
+    assert torch.allclose(coarse[0, 2, [1, 12]], brute)  # cell 2 is the lower left
+
+
+@pytest.mark.parametrize(("keep", "m"), [(1.0, 49), (0.25, 0), (121 / 196, 24), (100 / 196, 17)])
+def test_fine_cells_meets_the_token_budget(keep, m):
+    assert tokens.fine_cells(keep, 49, 2) == m
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.0, 1.01, -1])
+def test_impossible_budget_is_refused(keep):
+    with pytest.raises(MethodError, match="keep"):
+        tokens.fine_cells(keep, 49, 2)
+
+
+def test_top_k_against_brute_force_with_ties():
+    scores = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    assert tokens.top_k(scores, 2).tolist() == [[1, 2], [0, 1]]
+
+
+def test_exploration_keeps_the_best_and_draws_the_rest_uniformly(generator):
+    scores = torch.arange(16.0).expand(4000, 16)
+    kept = tokens.explore_top_k(scores, 8, 0.25, generator)
+    assert all(len(set(row)) == 8 for row in kept.tolist())
+    counts = torch.bincount(kept.flatten(), minlength=16)
+    assert (counts[-6:] == 4000).all()  # 8 - round(.25 * 8) top-scored
+    assert ((counts[:10] / 4000 - 0.2).abs() < 0.04).all()  # 2 of the other 10
+
+
+def test_complement_and_scatter_undo_gather(generator):
+    x = torch.randn(3, 10, 4, generator=generator)
+    kept = tokens.top_k(torch.rand(3, 10, generator=generator), 4)
+    rest = tokens.complement(kept, 10)
+    whole = tokens.scatter(tokens.gather(x, kept), kept, 10) + tokens.scatter(
+        tokens.gather(x, rest), rest, 10
+    )
+    assert torch.equal(whole, x)
+    assert tokens.complement(tokens.top_k(x[..., 0], 10), 10).shape == (3, 0)
