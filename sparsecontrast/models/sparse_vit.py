@@ -7,6 +7,8 @@ predicted regions). A coarse token is the cell mean-pooled to one patch, embedde
 projection, at the mean of its patches' positions, plus a learned "coarse" embedding.
 """
 
+from typing import Any
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -113,7 +115,7 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
         ModelError: the name is no plain timm ViT, or the weights do not fit it.
         MissingDataError: ``pretrained`` names a file that is not there.
     """
-    options = {} if config.depth is None else {"depth": config.depth}
+    options: dict[str, Any] = {} if config.depth is None else {"depth": config.depth}
     try:
         vit = timm.create_model(
             config.name, img_size=config.img_size, patch_size=config.patch_size,

@@ -1,0 +1,109 @@
+"""The arrows of the house: who may import whom, and which third party enters by which door."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("sparsecontrast", "server", "client", "simulation", "benchmarks")
+FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
+
+DOORS = {
+    "flwr": ("server/", "client/", "simulation/"),
+    "ray": (),
+    "opacus": ("sparsecontrast/privacy.py",),
+    "timm": ("sparsecontrast/models/", "benchmarks/"),
+    "pydicom": ("sparsecontrast/data/images.py", "sparsecontrast/data/index.py"),
+    "hydra": ("sparsecontrast/config.py",),
+    "omegaconf": ("sparsecontrast/config.py",),
+}
+
+# a room may import the rooms named for it, and itself
+ERRORS = ("sparsecontrast.errors", "sparsecontrast.config")
+FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "sparsecontrast.ledger")
+DATA = ("sparsecontrast.data",)
+MODELS = ("sparsecontrast.models",)
+METHODS = (*MODELS, "sparsecontrast.losses", "sparsecontrast.methods")
+LIBRARY = ("sparsecontrast",)
+ROOMS = {
+    "sparsecontrast/errors.py": (),
+    "sparsecontrast/config.py": ("sparsecontrast.errors",),
+    "sparsecontrast/data/": (*ERRORS, *DATA),
+    "sparsecontrast/models/": (*ERRORS, *MODELS),
+    "sparsecontrast/losses.py": ERRORS,
+    "sparsecontrast/methods/": (*ERRORS, *METHODS),
+    "sparsecontrast/payload.py": FILE_ROOMS,
+    "sparsecontrast/checkpoint.py": FILE_ROOMS,
+    "sparsecontrast/ledger.py": FILE_ROOMS,
+    "sparsecontrast/privacy.py": FILE_ROOMS,
+    "sparsecontrast/trainer.py": (*FILE_ROOMS, *DATA, *METHODS, "sparsecontrast.privacy"),
+    "sparsecontrast/": LIBRARY,
+    "server/": ("server", *LIBRARY),
+    "client/": ("client", *LIBRARY),
+    "simulation/": ("simulation", "server", "client", *LIBRARY),
+    "benchmarks/": ("benchmarks", *LIBRARY),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Every module a file imports, at any depth: ``from a import b`` counts as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def under(module: str, rooms: tuple[str, ...]) -> bool:
+    return any(module == room or module.startswith(room + ".") for room in rooms)
+
+
+def room_of(relative: str) -> tuple[str, ...]:
+    best = max((room for room in ROOMS if relative.startswith(room)), key=len)
+    return ROOMS[best]
+
+
+def broken(relative: str, modules: set[str]) -> list[str]:
+    """Imports of one file that break an arrow or a door."""
+    allowed = room_of(relative)
+    wrong = [
+        m
+        for m in modules
+        if under(m, PACKAGES)
+        and m not in PACKAGES
+        and not under(m, allowed)
+        # `from sparsecontrast.data import cache` also names the parent: judged by its child
+        and not any(a.startswith(m + ".") for a in allowed)
+    ]
+    doors = [m for m in modules if m.split(".")[0] in DOORS and not relative.startswith(DOORS[m.split(".")[0]])]
+    return sorted(wrong + doors)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_and_doors(path):
+    relative = str(path.relative_to(ROOT))
+    assert broken(relative, imported(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("relative", "module"),
+    [
+        ("sparsecontrast/trainer.py", "flwr.app"),
+        ("sparsecontrast/data/cache.py", "sparsecontrast.methods.method"),
+        ("sparsecontrast/payload.py", "sparsecontrast.methods"),
+        ("server/app.py", "client.app"),
+        ("client/app.py", "simulation.partition"),
+        ("sparsecontrast/losses.py", "timm"),
+        ("benchmarks/data.py", "simulation.run"),
+    ],
+)
+def test_the_guard_itself_sees_a_broken_arrow(relative, module):
+    assert broken(relative, {module}) == [module]
+
+
+def test_no_junk_drawers():
+    assert not [p for p in FILES if p.stem in {"utils", "common", "misc", "base", "helpers"}]
