@@ -83,8 +83,9 @@ class SparseContrast(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the EMA teacher towards the student."""
-        students, teachers = list(self.backbone.parameters()), list(self.teacher.parameters())
-        torch._foreach_lerp_(teachers, students, 1 - self.config.momentum)
+        pairs = zip(self.teacher.parameters(), self.backbone.parameters(), strict=True)
+        for teacher, student in pairs:
+            teacher.lerp_(student, 1 - self.config.momentum)
 
     def reset_local(self) -> None:
         """Make the teacher the student's equal."""

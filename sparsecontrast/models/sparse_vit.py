@@ -82,8 +82,8 @@ class SparseViT(nn.Module):
         vit = self.vit
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         total = images.new_zeros(images.shape[0], x.shape[1] - vit.num_prefix_tokens)
-        for block in vit.blocks:
-            total += _query_attention(block.attn, block.norm1(x), vit)  # type: ignore[union-attr]
+        for block in vit.blocks.children():
+            total += _query_attention(block.attn, block.norm1(x), vit)  # type: ignore[arg-type, operator]
             x = block(x)
         cells = total[:, self.positions].sum(-1)  # type: ignore[index]
         return cells / cells.sum(1, keepdim=True)
@@ -99,13 +99,14 @@ class SparseViT(nn.Module):
 
     def _position_table(self) -> tuple[Tensor, Tensor]:
         """Prefix tokens with their positions [1, prefix, D], and the positions of all patches [L, D]."""
-        vit = self.vit
-        prefix = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
-        heads = torch.cat(prefix, dim=1) if prefix else vit.pos_embed[:, :0]
+        vit, places = self.vit, self.vit.pos_embed
+        assert places is not None  # build_sparse_vit refuses other models
+        prefix: list[Tensor] = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
+        heads = torch.cat(prefix, dim=1) if prefix else places[:, :0]
         if vit.no_embed_class or not prefix:
-            return heads, vit.pos_embed[0]
+            return heads, places[0]
         n = vit.num_prefix_tokens
-        return heads + vit.pos_embed[:, :n], vit.pos_embed[0, n:]
+        return heads + places[:, :n], places[0, n:]
 
 
 def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
