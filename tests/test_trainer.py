@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+import torch
+
+from sparsecontrast.config import compose
+from sparsecontrast.errors import CheckpointError, MethodError, TooFewImagesError
+from sparsecontrast.methods import build_method
+from sparsecontrast.trainer import LocalTrainer, derive_seed, epoch_batches, lr_factor
+
+TINY = [
+    "backbone.img_size=32",
+    "backbone.patch_size=4",
+    "backbone.depth=1",
+    "method.projection_hidden=32",
+    "train.batch_size=8",
+    "method.distill_every=2",
+]
+
+
+def images(n=16, seed=0):
+    rng = np.random.Generator(np.random.PCG64(seed))
+    coarse = rng.integers(0, 256, (n, 4, 4), dtype=np.uint8)
+    return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def trainer(*overrides, site="a", method=None):
+    config = compose([*TINY, *overrides])
+    return LocalTrainer(method or build_method(config), config, site)
+
+
+def weights(t):
+    return {n: p.clone() for n, p in t.module.state_dict().items()}
+
+
+def assert_same(a, b):
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def run(t, number=1, rounds=4, data=None, **options):
+    data = images() if data is None else data
+    return t.run(data, np.arange(len(data)), number, rounds, **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_same_seed_same_bits_other_site_other_bits(precision):
+    one, two, other = (trainer(f"train.precision={precision}", site=s) for s in ("a", "a", "b"))
+    for t in (one, two, other):
+        run(t)
+    assert_same(weights(one), weights(two))
+    assert not torch.equal(one.module.backbone.vit.cls_token, other.module.backbone.vit.cls_token)
+
+
+def test_a_round_after_save_and_load_equals_a_round_without(tmp_path):
+    one = trainer()
+    run(one, 1)
+    one.save(tmp_path / "state.safetensors")
+    shared = {n: one.module.state_dict()[n].clone() for n in one.method.shared_parameters()}
+    run(one, 2)
+    two = trainer()
+    two.module.load_state_dict(shared, strict=False)  # as a fresh process receives them
+    two.load(tmp_path / "state.safetensors")
+    run(two, 2)
+    assert_same(weights(one), weights(two))
+
+
+def test_local_state_holds_no_shared_tensor(tmp_path):
+    from safetensors.torch import load_file
+
+    t = trainer()
+    run(t)
+    t.save(tmp_path / "state.safetensors")
+    local = {n.removeprefix("local.") for n in load_file(tmp_path / "state.safetensors") if n[:5] == "local"}
+    assert local and not local & set(t.method.shared_parameters())
+
+
+def test_torn_state_is_a_clear_error(tmp_path):
+    t = trainer()
+    t.save(tmp_path / "s.safetensors")
+    whole = (tmp_path / "s.safetensors").read_bytes()
+    (tmp_path / "s.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="torn"):
+        trainer().load(tmp_path / "s.safetensors")
+
+
+def test_training_learns_to_tell_images_apart():
+    t = trainer("train.local_epochs=10", "train.lr=2e-3", "train.batch_size=16")
+    losses = [run(t, r, 6, images(32)).metrics["contrast"] for r in range(1, 7)]
+    assert losses[-1] < 0.6 * np.log(16)
+    result = run(t, 6, 6, images(32))
+    assert (
+        result.steps == 20
+        and result.images == 320
+        and result.metrics["chance_loss"] == pytest.approx(np.log(16))
+    )
+
+
+def test_proximal_term_holds_the_weights_near_the_global_ones():
+    distances = []
+    for mu in (0.0, 100.0):
+        t = trainer("train.local_epochs=4")
+        start = weights(t)
+        run(t, proximal_mu=mu)
+        distances.append(
+            sum((v - start[n]).norm() for n, v in weights(t).items() if n.startswith("backbone."))
+        )
+    assert distances[1] < distances[0]
+
+
+def test_proximal_gradient_is_mu_times_the_distance():
+    t = trainer("train.local_epochs=1")
+    p = t.module.backbone.vit.cls_token
+    anchor = [(p, p.detach() - 0.5)]
+    t.optimizer.step = lambda: None  # look at the gradient itself
+    plain = trainer()
+    plain.optimizer.step = lambda: None
+    data, codes, rows = images(8), np.arange(8), np.arange(8)
+    for each, a in ((t, anchor), (plain, [])):
+        each.module.train()
+        each.method.start_round(1, 4)
+        each._step(data, codes, rows, rows, torch.Generator().manual_seed(0), 0, a, 3.0)
+    other = plain.module.backbone.vit.cls_token
+    torch.testing.assert_close(p.grad, other.grad + 1.5)
+
+
+@pytest.mark.parametrize(("n", "patients"), [(1, [0]), (3, [5, 5, 5])])
+def test_too_few_images_or_patients(n, patients):
+    with pytest.raises(TooFewImagesError, match="site a"):
+        trainer().run(images(n), np.array(patients), 1, 4)
+
+
+def test_exploding_loss_is_an_error_not_nan_weights():
+    t = trainer()
+    with torch.no_grad():
+        t.module.projector[0].weight.fill_(torch.nan)
+    with pytest.raises(MethodError, match="lower train.lr"):
+        run(t)
+
+
+def test_a_small_site_trains_on_one_batch():
+    result = run(trainer(), data=images(3))
+    assert result.steps == 1 and result.images == 3
+
+
+def test_same_patient_partners_are_of_the_same_patient_and_vary():
+    patients = np.array([0, 0, 0, 1, 2, 2, 0, 1])
+    config = compose([*TINY, "method.same_patient=true", "train.local_epochs=50"])
+    pairs = epoch_batches(patients, config, torch.Generator().manual_seed(0))
+    assert all((patients[rows] == patients[partners]).all() for rows, partners in pairs)
+    assert {int(p) for rows, partners in pairs for r, p in zip(rows, partners, strict=True) if r == 0} == {
+        0,
+        1,
+        2,
+        6,
+    }
+
+
+def test_every_image_is_seen_once_an_epoch():
+    pairs = epoch_batches(np.arange(24), compose(TINY), torch.Generator().manual_seed(0))
+    assert sorted(int(r) for rows, _ in pairs for r in rows) == list(range(24))
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    factors = [lr_factor(x / 10, 10, 0.1) for x in range(0, 101)]
+    assert factors[0] < 0.05 and factors[10] == pytest.approx(1, abs=1e-2) and factors[-1] == pytest.approx(0)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_derived_seeds_are_stable_and_distinct():
+    assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
+    assert len({derive_seed(s, w, r) for s in range(3) for w in "ab" for r in range(3)}) == 18
