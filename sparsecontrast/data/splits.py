@@ -19,7 +19,8 @@ def assign_splits(
     u < test_fraction + val_fraction is val, the rest is train.
 
     Args:
-        patient_ids: one pseudonym an image, repeats allowed.
+        patient_ids: one id an image, repeats allowed. The index passes ids as the site knows them, before
+            pseudonyms: these depend on a random key, splits must not.
         salt: any text; another salt is another, independent split.
         val_fraction: expected share of patients in val, in [0, 1).
         test_fraction: expected share of patients in test, in [0, 1).
