@@ -281,6 +281,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         for option in args:
             if _fits(option, value):
                 return _convert(option, value, where) if option is not type(None) else None
+    elif value is None and origin is Mapping:
+        return {}  # an empty mapping in YAML would be closed to Hydra; null is open
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     elif _fits(hint, value):
@@ -308,7 +310,10 @@ def _check(config: Config) -> None:
             b.img_size % cell == 0,
             f"backbone.img_size={b.img_size}: must be a multiple of patch_size x cell = {cell}",
         ),
-        (0 < m.keep <= 1, f"method.keep={m.keep}: must be in (0, 1]"),
+        (
+            1 / m.cell**2 <= m.keep <= 1,
+            f"method.keep={m.keep}: must be in [1/cell^2, 1], all coarse to dense",
+        ),
         (0 <= m.explore < 1, f"method.explore={m.explore}: must be in [0, 1)"),
         (m.temperature > 0, f"method.temperature={m.temperature}: must be positive"),
         (0 <= m.momentum < 1, f"method.momentum={m.momentum}: must be in [0, 1)"),
