@@ -26,6 +26,7 @@ class BackboneConfig:
     img_size: int
     patch_size: int
     depth: int | None
+    pool: Literal["token", "avg"]
     pretrained: bool | str
 
 

@@ -13,7 +13,7 @@ from sparsecontrast.models.sparse_vit import build_sparse_vit
 
 def backbone(name="vit_tiny_patch16_224", **options):
     torch.manual_seed(0)
-    kwargs = {"img_size": 64, "patch_size": 8, "depth": 2, "pretrained": False} | options
+    kwargs = {"img_size": 64, "patch_size": 8, "depth": 2, "pool": "token", "pretrained": False} | options
     return build_sparse_vit(BackboneConfig(name=name, **kwargs), 2)
 
 
@@ -21,16 +21,25 @@ def images(n=3, size=64):
     return torch.randn(n, 1, size, size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"])
-def test_dense_equals_plain_timm(name):
-    model = backbone(name).eval()
-    plain = timm.create_model(name, img_size=64, patch_size=8, depth=2, in_chans=1, num_classes=0).eval()
+def test_dense_equals_plain_timm(name, pool):
+    model = backbone(name, pool=pool).eval()
+    options = {"img_size": 64, "patch_size": 8, "depth": 2, "in_chans": 1, "num_classes": 0}
+    plain = timm.create_model(name, global_pool=pool, **options).eval()
     plain.load_state_dict(model.vit.state_dict())
     x = images()
     torch.testing.assert_close(model(x), plain(x), atol=1e-5, rtol=1e-5)
     # the mixed path with every cell fine is the same function, tokens in another order
     every = torch.arange(model.num_cells).expand(3, -1)
     torch.testing.assert_close(model(x, every), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_area_mean_counts_a_coarse_token_for_its_patches():
+    model = backbone(pool="avg")
+    x = torch.randn(2, 1 + 4 * 3 + 13, 192, generator=torch.Generator().manual_seed(0))
+    spread = torch.cat([x[:, 1:13], x[:, 13:].repeat_interleave(4, dim=1)], dim=1)
+    torch.testing.assert_close(model._area_mean(x, 3), spread.mean(1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("m", [0, 3, 10, 16])
@@ -87,6 +96,12 @@ def test_attention_equals_timm_softmax_weights():
     cls = torch.stack(weights).mean((0, 2))[:, 0, 1:]
     cells = cls[:, model.positions].sum(-1)
     torch.testing.assert_close(model.attention(x), cells / cells.sum(1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+def test_attention_of_a_mean_pooled_model_is_a_distribution_that_varies():
+    attention = backbone(pool="avg").eval().attention(images())
+    torch.testing.assert_close(attention.sum(1), torch.ones(3))
+    assert attention.std(1).min() > 0
 
 
 @pytest.mark.parametrize("depth", [2, None])

@@ -54,9 +54,13 @@ class SparseViT(nn.Module):
             kept: cells to keep fine [B, m], each row ascending; None keeps all (dense).
             gate: [B, m] factors on the kept cells' tokens, 1 in value: they let a gradient reach the scorer.
         """
+        vit = self.vit
         if kept is None:
-            return self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
-        return self.vit.forward_head(self._blocks(self.embed(images, kept, gate)), pre_logits=True)
+            return vit.forward_head(vit.forward_features(images), pre_logits=True)
+        x = vit.norm(vit.blocks(self.embed(images, kept, gate)))
+        if vit.global_pool == "token":
+            return vit.forward_head(x, pre_logits=True)
+        return vit.head_drop(vit.fc_norm(self._area_mean(x, kept.shape[1])))
 
     def embed(self, images: Tensor, kept: Tensor, gate: Tensor | None = None) -> Tensor:
         """Return the input tokens [B, prefix + cell^2 m + (cells - m), D]: fine, then coarse."""
@@ -75,9 +79,9 @@ class SparseViT(nn.Module):
         return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
 
     def attention(self, images: Tensor) -> Tensor:
-        """Average the CLS token's attention over layers and heads, per cell: [B, cells], rows sum to 1.
+        """Average the pooling query's attention over layers and heads, per cell: [B, cells], rows sum to 1.
 
-        A model without a CLS token gives the attention of the mean query.
+        A model that pools by the mean gives the attention of its mean query.
         """
         vit = self.vit
         x = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
@@ -88,8 +92,12 @@ class SparseViT(nn.Module):
         cells = total[:, self.positions].sum(-1)  # type: ignore[index]
         return cells / cells.sum(1, keepdim=True)
 
-    def _blocks(self, x: Tensor) -> Tensor:
-        return self.vit.norm(self.vit.blocks(x))
+    def _area_mean(self, x: Tensor, m: int) -> Tensor:
+        """Mean over the image's area: a coarse token counts for the cell^2 patches it stands for."""
+        area = self.cell**2
+        body = x[:, self.vit.num_prefix_tokens :]
+        total = body[:, : area * m].sum(1) + area * body[:, area * m :].sum(1)
+        return total / (area * self.num_cells)
 
     def _project(self, patches: Tensor) -> Tensor:
         """The patch embedding as one matrix product: [B, K, C * patch^2] -> [B, K, D]."""
@@ -120,7 +128,7 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
     try:
         vit = timm.create_model(
             config.name, img_size=config.img_size, patch_size=config.patch_size,
-            in_chans=1, num_classes=0, **options,
+            in_chans=1, num_classes=0, global_pool=config.pool, **options,
         )  # fmt: skip
     except (RuntimeError, TypeError) as error:
         raise ModelError(f"backbone.name={config.name}: timm cannot build it: {error}") from error
@@ -176,6 +184,6 @@ def _query_attention(attn: nn.Module, x: Tensor, vit: VisionTransformer) -> Tens
     b, n, _ = x.shape
     q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[operator]
     q, k = attn.q_norm(q), attn.k_norm(k)  # type: ignore[operator]
-    query = q[:, :, :1] if vit.cls_token is not None else q.mean(2, keepdim=True)
+    query = q[:, :, :1] if vit.global_pool == "token" else q.mean(2, keepdim=True)
     weights = (query * attn.scale @ k.transpose(-2, -1)).softmax(-1)
     return weights[:, :, 0, vit.num_prefix_tokens :].mean(1)
