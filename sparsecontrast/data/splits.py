@@ -7,7 +7,9 @@ known patient, or a thousand new patients, never push anyone from train to test.
 import hashlib
 from collections.abc import Sequence
 
-from sparsecontrast.errors import ConfigError
+from sparsecontrast.errors import ConfigError, PatientLeakError, RecipeError
+
+SPLITS = ("train", "val", "test")
 
 
 def assign_splits(
@@ -45,6 +47,38 @@ def assign_splits(
 
     known = {patient_id: split(patient_id) for patient_id in set(patient_ids)}
     return [known[patient_id] for patient_id in patient_ids]
+
+
+def published_splits(
+    patient_ids: Sequence[str], published: Sequence[str], salt: str, val_fraction: float, test_fraction: float
+) -> list[str]:
+    """Follow the split a data set was published with, and the hash where it says nothing.
+
+    ``trainval`` is divided into train and val by the hash, ``""`` takes the split of the patient's
+    other images or, where there is none, the hash over all three.
+
+    Raises:
+        RecipeError: a published split of another name.
+        PatientLeakError: a patient published in two splits.
+    """
+    if strange := sorted(set(published) - {*SPLITS, "trainval", ""}):
+        raise RecipeError(f"recipe.split: {strange[:3]} are none of {SPLITS}, trainval or empty")
+    said: dict[str, str] = {}
+    torn = set()
+    for patient, split in zip(patient_ids, published, strict=True):
+        if split and said.setdefault(patient, split) != split:
+            torn.add(patient)
+    if torn:
+        raise PatientLeakError(
+            f"{len(torn)} patients stand in two splits of the published division: "
+            "correct the table, or set data.recipe.split=null to split by patient"
+        )
+    hashed = assign_splits(patient_ids, salt, val_fraction, test_fraction)
+    inner = assign_splits(patient_ids, salt, val_fraction / (1 - test_fraction), 0.0)
+    return [
+        {"": by_hash, "trainval": by_inner}.get(said.get(patient, ""), said.get(patient, ""))
+        for patient, by_hash, by_inner in zip(patient_ids, hashed, inner, strict=True)
+    ]
 
 
 def unit_hash(salt: str, patient_id: str) -> float:

@@ -1,0 +1,60 @@
+"""Sites of an index: one site a patient, and the smallest sites merged."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sparsecontrast.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def safe_name(site: str) -> str:
+    """Make a site's name fit for a folder and a table: anything but letters, digits, . + - becomes _."""
+    return re.sub(r"[^A-Za-z0-9.+-]+", "_", site.strip()).strip("._") or "site"
+
+
+def one_site_a_patient(patients: Sequence[str], sites: Sequence[str]) -> tuple[list[str], int]:
+    """Bring all images of a patient to the site with most of them, by name among equals.
+
+    A patient at two sites would sit on both sides of every comparison between them.
+
+    Returns:
+        One site an image, and how many images changed theirs.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    for patient, site in zip(patients, sites, strict=True):
+        at = counts.setdefault(patient, {})
+        at[site] = at.get(site, 0) + 1
+    home = {patient: min(at, key=lambda site: (-at[site], site)) for patient, at in counts.items()}
+    settled = [home[patient] for patient in patients]
+    return settled, sum(new != old for new, old in zip(settled, sites, strict=True))
+
+
+def merge_sites(frame: "pd.DataFrame", to: int) -> "pd.DataFrame":
+    """Merge sites until ``to`` remain: each time the two with the fewest images, by name among equals.
+
+    The merged site is named by its parts in alphabetical order, joined by "+". Nothing but the
+    counts of images decides, so the same data always gives the same sites.
+
+    Args:
+        frame: an index; only its ``site`` column is read.
+        to: how many sites are to remain; more than there are changes nothing.
+
+    Returns:
+        A copy with new sites.
+
+    Raises:
+        ConfigError: ``to`` below 1.
+    """
+    if to < 1:
+        raise ConfigError(f"data.merge_sites_to={to}: must be at least 1")
+    counts = frame["site"].value_counts()
+    sizes: dict[tuple[str, ...], int] = {(str(site),): int(n) for site, n in counts.items()}
+    while len(sizes) > to:
+        first, second = sorted(sizes, key=lambda parts: (sizes[parts], parts))[:2]
+        merged = tuple(sorted(first + second))
+        sizes[merged] = sizes.pop(first) + sizes.pop(second)
+    names = {part: "+".join(parts) for parts in sizes for part in parts}
+    return frame.assign(site=frame["site"].map(names))
