@@ -287,7 +287,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     elif _fits(hint, value):
-        return float(value) if hint is float else value
+        return float(typing.cast(float, value)) if hint is float else value
     raise ConfigError(f"{where}={value!r}: expected {getattr(hint, '__name__', hint)}")
 
 
