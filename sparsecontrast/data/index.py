@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparsecontrast.config import DataConfig
+from sparsecontrast.config import DataConfig, anchored
 from sparsecontrast.data.filters import is_chest, is_frontal, normal_view
 from sparsecontrast.data.images import Header, read_header
 from sparsecontrast.data.progress import track
@@ -100,7 +100,7 @@ def _root(config: DataConfig) -> Path:
         raise ConfigError(f"data.kind={config.kind}: only folders and tables are indexed, csv or dicom")
     if not config.root:
         raise ConfigError(f"data.root: say where the files of data={config.name} lie")
-    root = Path(config.root).expanduser().resolve()
+    root = anchored(config.root)
     if not root.is_dir():
         raise MissingDataError(f"data.root={root}: no such folder")
     return root

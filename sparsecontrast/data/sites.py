@@ -9,6 +9,8 @@ from sparsecontrast.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
+LONGEST = 64
+
 
 def safe_name(site: str) -> str:
     """Make a site's name fit for a folder and a table: anything but letters, digits, . + - becomes _."""
@@ -35,8 +37,9 @@ def one_site_a_patient(patients: Sequence[str], sites: Sequence[str]) -> tuple[l
 def merge_sites(frame: "pd.DataFrame", to: int) -> "pd.DataFrame":
     """Merge sites until ``to`` remain: each time the two with the fewest images, by name among equals.
 
-    The merged site is named by its parts in alphabetical order, joined by "+". Nothing but the
-    counts of images decides, so the same data always gives the same sites.
+    The merged site is named by its parts in alphabetical order, joined by "+"; where that grows
+    longer than 64 characters, by the first part and the number of others. Nothing but the counts of
+    images decides, so the same data always gives the same sites.
 
     Args:
         frame: an index; only its ``site`` column is read.
@@ -56,5 +59,10 @@ def merge_sites(frame: "pd.DataFrame", to: int) -> "pd.DataFrame":
         first, second = sorted(sizes, key=lambda parts: (sizes[parts], parts))[:2]
         merged = tuple(sorted(first + second))
         sizes[merged] = sizes.pop(first) + sizes.pop(second)
-    names = {part: "+".join(parts) for parts in sizes for part in parts}
+    names = {part: _joined(parts) for parts in sizes for part in parts}
     return frame.assign(site=frame["site"].map(names))
+
+
+def _joined(parts: tuple[str, ...]) -> str:
+    whole = "+".join(parts)
+    return whole if len(whole) <= LONGEST else f"{parts[0]}+{len(parts) - 1}_others"
