@@ -7,8 +7,9 @@ and renamed:
     round_0007.strategy.safetensors   the strategy's own state (moments, momentum), if it has any
     round_0007.json                   what happened, and the sha256 of the two others
 
-The JSON comes last, so a round without it never happened, and a round whose hashes do not fit is
-torn: ``latest`` skips it. ``parent`` in the JSON is the hash of the round before.
+The JSON comes last, so a round without it never happened, and a round whose hashes do not fit (a
+write of the same number stopped halfway) is torn: ``latest`` skips it. ``parent`` in the JSON is the
+hash of the weights of the round before.
 """
 
 import contextlib
@@ -118,9 +119,6 @@ def write_round(
     Raises:
         StorageError: nothing of this round counts; rounds before it are intact.
     """
-    # a JSON left by a torn write of the same number must not vouch for the new tensors
-    with contextlib.suppress(OSError):
-        round_file(run_dir, number, ".json").unlink(missing_ok=True)
     files = {}
     for suffix, group in ((".safetensors", tensors), (".strategy.safetensors", strategy)):
         if group:

@@ -1,0 +1,211 @@
+"""The ClientApp: one hospital's side of a round.
+
+Two messages are understood, ``query.hello`` and ``train``. Whatever goes wrong, what travels back is
+a code of ``sparsecontrast.errors``; the text stays in ``client.log`` in the site's state folder.
+"""
+
+import contextlib
+import math
+import re
+import time
+import traceback
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from sparsecontrast.errors import (
+    BackboneMismatchError,
+    CheckpointError,
+    ConfigError,
+    PayloadError,
+    SparseContrastError,
+)
+
+app = ClientApp()
+LOG_BYTES = 1_000_000  # of client.log before it is moved to client.log.1
+STATES_KEPT = 2  # a round that is run again needs the state before it
+_RUN_KEY = re.compile(r"[0-9a-f]{8,64}")
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say who this site is and which backbone it would train."""
+    return _answer(_hello, message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round on the site's own images; reply with allow-listed weights and scalars."""
+    return _answer(_train, message, context)
+
+
+def _hello(message: Message, site: Any) -> RecordDict:
+    from sparsecontrast.methods import build_method
+    from sparsecontrast.payload import fingerprint
+
+    method = build_method(site.config)
+    status: dict[str, Any] = {
+        "status": "ok",
+        "site": site.name,
+        "fingerprint": fingerprint(_shapes(method)),
+        "version": _version(),
+    }
+    return RecordDict({"status": ConfigRecord(status)})
+
+
+def _train(message: Message, site: Any) -> RecordDict:
+    import torch
+
+    from client.site import training_images
+    from sparsecontrast import payload
+    from sparsecontrast.methods import build_method
+    from sparsecontrast.trainer import LocalTrainer
+
+    started = time.perf_counter()
+    number, rounds, run_key, mu = _orders(message.content.config_records["config"])
+    torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
+    method: Any = build_method(site.config)
+    weights = _global_weights(message.content, _shapes(method))
+    images, patients = training_images(site)
+    method.load_state_dict(weights, strict=False)
+    trainer = LocalTrainer(method, site.config, site.name)
+    folder = site.state_dir / "state" / run_key
+    restored = _restore(trainer, folder, number, site.state_dir)
+    result = trainer.run(images, patients, number, rounds, proximal_mu=mu)
+    _save(trainer, folder, number)
+    state, allowed = method.state_dict(), method.shared_parameters()
+    packed = payload.pack(
+        {name: state[name] for name in allowed}, allowed, site.config.federation.payload_dtype
+    )
+    metrics: dict[str, int | float] = {
+        "num-examples": len(images),
+        "steps": result.steps,
+        "images": result.images,
+        "seconds": result.seconds,
+        "setup-seconds": time.perf_counter() - started - result.seconds,
+        "state-round": restored,
+        **result.metrics,
+    }
+    status: dict[str, Any] = {"status": "ok", "site": site.name, "round": number, "run_key": run_key}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"flat": _array(packed.flat)}),
+            "manifest": ConfigRecord(packed.manifest),
+            "status": ConfigRecord(status),
+            "metrics": MetricRecord({k: v for k, v in metrics.items() if math.isfinite(v)}),
+        }
+    )
+
+
+def _answer(work: Callable[[Message, Any], RecordDict], message: Message, context: Context) -> Message:
+    """Do the work; turn every exception into a code, and write its text where only the site reads it."""
+    from client.site import log_folder, resolve
+
+    overrides, site = "", None
+    try:
+        overrides = str(message.content.config_records["config"]["overrides"])
+        site = resolve(context.node_config, overrides)
+        content = work(message, site)
+    except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
+        code = error.code if isinstance(error, SparseContrastError) else "internal"
+        folder = site.state_dir if site else log_folder(context.node_config, overrides)
+        if folder is not None:
+            _note(folder, f"{code}\n{traceback.format_exc()}")
+        status: dict[str, Any] = {"status": "error", "code": code, "site": site.name if site else ""}
+        content = RecordDict({"status": ConfigRecord(status)})
+    return Message(content, reply_to=message)
+
+
+def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:
+    """Read (round, rounds, run key, proximal mu); the key becomes a folder, so its form is checked."""
+    number, rounds = config.get("round"), config.get("rounds")
+    run_key, mu = config.get("run_key"), config.get("proximal_mu")
+    if not (isinstance(number, int) and isinstance(rounds, int) and 1 <= number <= rounds):
+        raise ConfigError(f"round {number!r} of {rounds!r}: must be integers, 1 <= round <= rounds")
+    if not isinstance(run_key, str) or not _RUN_KEY.fullmatch(run_key):
+        raise ConfigError("run_key: must be 8 to 64 hexadecimal digits")
+    if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
+        raise ConfigError(f"proximal_mu={mu!r}: must be a non-negative number")
+    return number, rounds, run_key, float(mu)
+
+
+def _global_weights(content: RecordDict, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Unpack the server's weights.
+
+    Raises:
+        BackboneMismatchError: they are of another backbone.
+        PayloadError: they are damaged.
+    """
+    from sparsecontrast import payload
+
+    arrays = content.array_records["arrays"]
+    manifest = dict(content.config_records["manifest"])
+    packed = payload.Payload(payload.from_npy(arrays["flat"].data), manifest)
+    try:
+        payload.verify(packed, shapes)
+    except PayloadError as error:
+        if error.reason in ("names", "shape", "size"):
+            raise BackboneMismatchError(
+                f"the server's weights do not fit this site's backbone: {error}"
+            ) from error
+        raise
+    return payload.unpack(packed)
+
+
+def _restore(trainer: Any, folder: Path, number: int, state_dir: Path) -> int:
+    """Load the newest whole local state of a round before ``number``; returns that round, 0 for none."""
+    for candidate in sorted((n for n in _kept(folder) if n < number), reverse=True):
+        try:
+            trainer.load(_state_file(folder, candidate))
+            return candidate
+        except CheckpointError as error:
+            _note(state_dir, f"{error}; trying an older local state")
+    return 0
+
+
+def _save(trainer: Any, folder: Path, number: int) -> None:
+    """Write this round's local state and forget all but the newest two."""
+    trainer.save(_state_file(folder, number))
+    for old in sorted(n for n in _kept(folder) if n <= number)[:-STATES_KEPT]:
+        _state_file(folder, old).unlink(missing_ok=True)
+
+
+def _kept(folder: Path) -> list[int]:
+    return [int(path.stem.removeprefix("round_")) for path in folder.glob("round_[0-9]*.safetensors")]
+
+
+def _state_file(folder: Path, number: int) -> Path:
+    return folder / f"round_{number:04d}.safetensors"
+
+
+def _shapes(method: Any) -> dict[str, tuple[int, ...]]:
+    state = method.state_dict()
+    return {name: tuple(state[name].shape) for name in method.shared_parameters()}
+
+
+def _array(flat: Any) -> Array:
+    from sparsecontrast.payload import to_npy
+
+    return Array(str(flat.dtype), tuple(flat.shape), "numpy.ndarray", to_npy(flat))
+
+
+def _note(folder: Path, text: str) -> None:
+    """Append to the site's own log; a log that cannot be written must not end a round."""
+    path = folder / "client.log"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size > LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text.rstrip()}\n")
+
+
+def _version() -> str:
+    try:
+        return version("sparsecontrast")
+    except PackageNotFoundError:  # an unpacked FAB without an installed copy
+        return "unknown"

@@ -1,0 +1,197 @@
+"""Which site this node is, what it may be told, and its data.
+
+A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital's own file:
+
+    name: st-elsewhere
+    state_dir: /var/lib/sparsecontrast      # ledger, optimizer, projector, client.log
+    overrides: [data=generic_csv, data.root=/images]   # of data, privacy, backbone
+
+What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a
+message are dropped unread. A simulated node has only a partition number and takes the site of that
+rank from the configured data.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsecontrast.config import Config, SiteConfig, anchored, compose, site_state_dir, split_overrides
+from sparsecontrast.errors import ConfigError, EmptySiteError, TooFewImagesError
+from sparsecontrast.overrides import key_of, without
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sparsecontrast.data.cache import Dataset
+
+OWN = ("data", "privacy", "site", "output_dir", "resume")  # the server's word on these is not heard
+PINNED = ("data", "privacy", "backbone")  # what a site's file may set
+_NAME = re.compile(r"(?!\.)[^\x00-\x1f/\\]{1,64}")
+_datasets: dict[str, "Dataset"] = {}  # one entry: a simulated worker serves many sites of one data set
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site, resolved.
+
+    Attributes:
+        name: as the server will know it.
+        config: of the run, with what the site owns put in its place.
+        state_dir: durable files of this site.
+        simulated: whether the data hold other sites too.
+    """
+
+    name: str
+    config: Config
+    state_dir: Path
+    simulated: bool
+
+
+def resolve(node_config: Mapping[str, Any], overrides: str) -> Site:
+    """Find out who this node is.
+
+    Args:
+        node_config: Flower's, with ``site-config`` or ``partition-id``.
+        overrides: from the server.
+
+    Raises:
+        ConfigError: neither key, a site file that is not in order, or more nodes than sites.
+    """
+    if "site-config" in node_config:
+        return _own_site(Path(str(node_config["site-config"])), overrides)
+    if "partition-id" not in node_config:
+        raise ConfigError(
+            "node config: start the SuperNode with --node-config 'site-config=\"/abs/site.yaml\"'"
+        )
+    return _simulated_site(int(node_config["partition-id"]), compose(overrides))
+
+
+def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
+    """Return the site's training images, uint8 [N, S, S], and integer patient codes [N].
+
+    Nothing outside the ``train`` split is ever touched here.
+
+    Raises:
+        EmptySiteError: no readable training image.
+        TooFewImagesError: fewer than ``data.min_images``.
+    """
+    import numpy as np
+
+    dataset = _dataset(site)
+    own = dataset.site(site.name) if site.simulated else dataset
+    train = own.split("train")
+    least = site.config.data.min_images
+    if len(train) == 0:
+        raise EmptySiteError(f"site {site.name}: no readable training image; see quarantine.csv")
+    if len(train) < least:
+        raise TooFewImagesError(f"site {site.name}: {len(train)} training images, data.min_images={least}")
+    _, codes = np.unique(train.frame["patient_id"].to_numpy(dtype=str), return_inverse=True)
+    return train.images, codes.astype(np.int64)
+
+
+def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
+    """Find a folder of the site's own for errors that arise before the site is known."""
+    if "site-config" in node_config:
+        return Path(str(node_config["site-config"])).parent
+    try:
+        return site_state_dir(compose(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
+    except ConfigError:
+        return None
+
+
+def _own_site(path: Path, overrides: str) -> Site:
+    told = _read_site_file(path)
+    heard = compose(without(split_overrides(overrides), OWN))
+    own = compose(told["overrides"])
+    pinned = any(key_of(word).split(".")[0] == "backbone" for word in told["overrides"])
+    state_dir = anchored(told["state_dir"])
+    config = dataclasses.replace(
+        heard,
+        backbone=own.backbone if pinned else heard.backbone,
+        # the size is the model's need, everything else about the data is the site's
+        data=dataclasses.replace(own.data, image_size=heard.data.image_size),
+        privacy=own.privacy,
+        site=SiteConfig(told["name"], str(state_dir)),
+        output_dir=str(state_dir),
+    )
+    return Site(told["name"], config, state_dir, simulated=False)
+
+
+def _read_site_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"site-config={path}: cannot be read as YAML ({error})") from error
+    if not isinstance(told, dict) or not {"name", "state_dir"} <= set(told) <= {
+        "name",
+        "state_dir",
+        "overrides",
+    }:
+        raise ConfigError(f"{path}: must hold the keys name and state_dir, and may hold overrides")
+    words = told.get("overrides") or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{path}: overrides must be a list of key=value")
+    foreign = [word for word in words if key_of(word).split(".")[0] not in PINNED]
+    if foreign:
+        raise ConfigError(f"{path}: overrides {foreign}: a site sets {', '.join(PINNED)} only")
+    return {"name": _checked_name(str(told["name"])), "state_dir": str(told["state_dir"]), "overrides": words}
+
+
+def _simulated_site(partition: int, config: Config) -> Site:
+    if config.federation.partition != "by_site" and config.data.index is None:
+        raise ConfigError(
+            f"federation.partition={config.federation.partition} without data.index: run "
+            "`python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
+        )
+    names = _site_names(config)
+    if partition >= len(names):
+        raise ConfigError(
+            f"partition-id {partition}, but the data hold {len(names)} site(s): {', '.join(names)}; "
+            "start fewer SuperNodes"
+        )
+    name = _checked_name(names[partition])
+    return Site(name, config, site_state_dir(config, name), simulated=True)
+
+
+def _site_names(config: Config) -> list[str]:
+    from sparsecontrast.data.cache import load_rows
+
+    frame, _ = load_rows(config.data, _shared_state(config), progress=False)
+    return sorted(set(frame["site"].astype(str)))
+
+
+def _dataset(site: Site) -> "Dataset":
+    """Load a site's data; nodes that share a machine wait for the one that builds the cache."""
+    import fcntl
+
+    from sparsecontrast.data.cache import load_dataset
+
+    config = site.config
+    state_dir = _shared_state(config) if site.simulated else site.state_dir
+    cache_dir = (
+        anchored(config.data.cache_dir) if config.data.cache_dir else Path(config.output_dir) / "cache"
+    )
+    key = repr((config.data, str(cache_dir), str(state_dir)))
+    if key not in _datasets:
+        _datasets.clear()
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with open(cache_dir / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _datasets[key] = load_dataset(config, cache_dir, state_dir, progress=False)
+    return _datasets[key]
+
+
+def _shared_state(config: Config) -> Path:
+    """All simulated sites pseudonymise with one key: their data are one table."""
+    return anchored(config.output_dir) / "state"
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"site name {name!r}: at most 64 characters, no slashes, no leading dot")
+    return name

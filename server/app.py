@@ -1,0 +1,70 @@
+"""The ServerApp: compose, open the run folder, greet the sites, run the rounds."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.log import fail, say
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation from the one key of its run config, ``overrides``.
+
+    Raises:
+        SparseContrastError: why the run failed; Flower then marks it ``finished:failed``.
+    """
+    from sparsecontrast.config import split_overrides
+    from sparsecontrast.errors import SparseContrastError
+
+    try:
+        run(grid, split_overrides(str(context.run_config.get("overrides", ""))))
+    except SparseContrastError as error:
+        fail(f"{error.code}: {error}")
+        raise
+
+
+def run(grid: Grid, words: list[str]) -> None:
+    """Run or continue a federation.
+
+    Args:
+        grid: Flower's.
+        words: Hydra overrides.
+
+    Raises:
+        ConfigError: an impossible configuration.
+        FederationError: too few sites, or too few valid replies in a round.
+        StorageError: the run folder cannot be written, or holds nothing to continue.
+    """
+    from server.conversation import connect
+    from server.folder import open_folder, resolve
+    from server.rounds import Rounds, initial_weights
+    from server.strategy import Aggregator
+    from sparsecontrast import checkpoint, payload
+    from sparsecontrast.errors import BackboneMismatchError, ConfigError
+    from sparsecontrast.methods import build_method
+    from sparsecontrast.overrides import join
+
+    config, words = resolve(words)
+    if config.federation.partition != "by_site" and config.data.index is None:
+        raise ConfigError(
+            f"federation.partition={config.federation.partition}: the sites must be cut before they start. "
+            "Run `python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
+        )
+    Aggregator(config.federation)  # its complaints come before anyone is asked to wait
+    method = build_method(config)
+    names = sorted(method.shared_parameters())
+    weights, strategy = initial_weights(method, names), {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    folder = open_folder(config, words)
+    if folder.done is not None:
+        last = checkpoint.read_round(folder.path, folder.done)
+        if {n: tuple(t.shape) for n, t in last.tensors.items()} != shapes:
+            raise BackboneMismatchError(f"{folder.path}: round {last.number} is of another backbone")
+        weights, strategy = last.tensors, last.strategy
+        say(f"continuing {folder.path} after round {last.number}")
+    text = join(words)
+    sites = connect(grid, config.federation, payload.fingerprint(shapes), text)
+    Rounds(grid, sites, folder, text, weights, strategy).run()
+    say(f"done: {folder.path}")

@@ -1,0 +1,263 @@
+"""The rounds: who takes part, what comes back, what is kept.
+
+Flower's ``Strategy.start`` counts from 1, keeps nothing on disk, waits without end and draws sites
+from the global generator. So the loop is ours, and the aggregation is Flower's.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from server.conversation import TRAIN, Answers, ask
+from server.folder import RunFolder
+from server.log import say, warn
+from server.strategy import Aggregator, Contribution, bounded_weights
+from server.verification import Expectation, RefusedError, read_reply, records_of
+from sparsecontrast import checkpoint, payload
+from sparsecontrast.config import FederationConfig, as_dict
+from sparsecontrast.errors import PayloadError, QuorumError
+from sparsecontrast.trainer import derive_seed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one round's replies were.
+
+    Attributes:
+        valid: verified replies, sorted by site.
+        refused: site -> code, replies that may not be aggregated and sites that failed.
+        silent: sites without an answer.
+        rows: one row of metrics a site that was asked.
+        bytes_down: sent to all sites together.
+        bytes_up: received from all.
+    """
+
+    valid: list[Contribution]
+    refused: dict[str, str]
+    silent: list[str]
+    rows: list[dict[str, Any]]
+    bytes_down: int
+    bytes_up: int
+
+
+class Rounds:
+    """Train until ``federation.rounds``, one checkpoint a round.
+
+    Args:
+        grid: Flower's.
+        sites: node id by site name.
+        folder: the run folder.
+        overrides: what the sites compose their configuration from.
+        weights: global weights by name, fp32; of the initial model or of the round to continue.
+        strategy: the aggregation strategy's tensors to continue with.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        sites: dict[str, int],
+        folder: RunFolder,
+        overrides: str,
+        weights: dict[str, Tensor],
+        strategy: dict[str, Tensor],
+    ):
+        self.grid, self.sites, self.folder, self.overrides = grid, sites, folder, overrides
+        self.config = folder.config.federation
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        self.flat = payload.pack(weights, list(weights), "fp32").flat
+        self.aggregator = Aggregator(self.config)
+        self.aggregator.restore(strategy)
+        self.parent: str | None = None
+
+    def run(self) -> None:
+        """Run every round that is left.
+
+        Raises:
+            QuorumError: fewer than ``min_sites`` valid replies.
+            StorageError: a checkpoint could not be written; the rounds before it are intact.
+        """
+        if self.folder.done is None:
+            self._keep(0, {"rows": []})
+        else:
+            self.parent = checkpoint.weights_sha256(checkpoint.read_meta(self.folder.path, self.folder.done))
+        for number in range((self.folder.done or 0) + 1, self.config.rounds + 1):
+            self._round(number)
+
+    def _round(self, number: int) -> None:
+        started = time.monotonic()
+        outcome = self._exchange(number)
+        if len(outcome.valid) < self.config.min_sites:
+            raise QuorumError(
+                f"round {number}: {len(outcome.valid)} valid replies, federation.min_sites="
+                f"{self.config.min_sites} are needed; refused: {outcome.refused or 'none'}; "
+                f"silent: {outcome.silent or 'none'}"
+            )
+        self.flat = self.aggregator.aggregate(number, self.flat, outcome.valid)
+        row = _summary(number, outcome, self.config, time.monotonic() - started)
+        rows = [*outcome.rows, row]
+        self._keep(number, {k: row[k] for k in ("contributors", "refused", "silent")} | {"rows": rows})
+        self.folder.add_metrics(rows)
+        say(_line(row, self.config.rounds))
+
+    def _exchange(self, number: int) -> Outcome:
+        """Send the weights out and verify what comes back."""
+        names = participants(list(self.sites), self.config, self.folder.config.seed, number)
+        down = payload.repack(self.flat, self.shapes, self.config.payload_dtype)
+        content = RecordDict({**records_of(down), "config": ConfigRecord(self._orders(number))})
+        size = _bytes(content)
+        nodes = {self.sites[name]: name for name in names}
+        timeout = self.config.round_timeout
+        answers = ask(self.grid, dict.fromkeys(nodes, content), TRAIN, timeout, str(number))
+        expected = Expectation(
+            number,
+            self.folder.run_key,
+            self.shapes,
+            self.config.payload_dtype,
+            payload.norm(down.flat),
+            self.config.max_norm_ratio,
+        )
+        valid, refused = _judge(nodes, answers, expected)
+        silent = sorted(nodes[node] for node in answers.silent)
+        for name, code in sorted(refused.items()):
+            warn(f"round {number}: {name} left out: {code}")
+        for name in silent:
+            warn(f"round {number}: {name} left out: no answer within {timeout:g} s")
+        sizes = {nodes[node]: _bytes(reply) for node, reply in answers.replies.items()}
+        seconds = {nodes[node]: value for node, value in answers.seconds.items()}
+        rows = [
+            _row(
+                number, name, valid.get(name), refused.get(name), size, sizes.get(name, 0), seconds.get(name)
+            )
+            for name in names
+        ]
+        _add_weights(rows, list(valid.values()), self.config)
+        return Outcome(list(valid.values()), refused, silent, rows, size * len(names), sum(sizes.values()))
+
+    def _orders(self, number: int) -> dict[str, Any]:
+        return {
+            "overrides": self.overrides,
+            "round": number,
+            "rounds": self.config.rounds,
+            "run_key": self.folder.run_key,
+            "proximal_mu": self.aggregator.proximal_mu,
+        }
+
+    def _keep(self, number: int, facts: dict[str, Any]) -> None:
+        """Write the round's checkpoint."""
+        tensors = payload.unpack(payload.repack(self.flat, self.shapes, "fp32"))
+        meta = {
+            **facts,
+            "run_key": self.folder.run_key,
+            "seed": self.folder.config.seed,
+            "parent": self.parent,
+            "fingerprint": payload.fingerprint(self.shapes),
+            "config": as_dict(self.folder.config),
+        }
+        whole = checkpoint.write_round(self.folder.path, number, tensors, meta, self.aggregator.state())
+        self.parent = checkpoint.weights_sha256(whole)
+
+
+def participants(sites: list[str], config: FederationConfig, seed: int, number: int) -> list[str]:
+    """Draw a round's sites: ``fraction`` of them, rounded up, never fewer than ``min_sites``.
+
+    The draw depends on the run's seed, the round and the names alone.
+    """
+    count = min(len(sites), max(config.min_sites, math.ceil(config.fraction * len(sites) - 1e-9)))
+    generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "participants", number)))
+    chosen = generator.permutation(len(sites))[:count]
+    return sorted(sorted(sites)[i] for i in chosen)
+
+
+def _judge(
+    nodes: dict[int, str], answers: Answers, expected: Expectation
+) -> tuple[dict[str, Contribution], dict[str, str]]:
+    """Split answers into valid ones by site, sorted, and refused ones with their codes."""
+    valid: dict[str, Contribution] = {}
+    refused = {nodes[node]: code for node, code in answers.errors.items()}
+    for node in sorted(answers.replies, key=lambda n: nodes[n]):
+        name = nodes[node]
+        try:
+            valid[name] = read_reply(name, answers.replies[node], expected)
+        except (PayloadError, RefusedError) as error:
+            refused[name] = error.code
+    return valid, refused
+
+
+def _row(
+    number: int,
+    site: str,
+    reply: Contribution | None,
+    code: str | None,
+    down: int,
+    up: int,
+    seconds: float | None,
+) -> dict[str, Any]:
+    status = "ok" if reply else "refused" if code else "silent"
+    row: dict[str, Any] = {
+        "round": number,
+        "site": site,
+        "status": status,
+        "bytes_down": down,
+        "bytes_up": up,
+    }
+    if code:
+        row["code"] = code
+    if seconds is not None:
+        row["answer_seconds"] = round(seconds, 3)
+    if reply:
+        row |= {"num_examples": reply.examples} | {k.replace("-", "_"): v for k, v in reply.metrics.items()}
+    return row
+
+
+def _add_weights(rows: list[dict[str, Any]], valid: list[Contribution], config: FederationConfig) -> None:
+    weights = (
+        bounded_weights([v.examples for v in valid], config.weighting, config.max_weight) if valid else []
+    )
+    share = {v.site: w for v, w in zip(valid, weights, strict=True)}
+    for row in rows:
+        row["weight"] = share.get(row["site"], 0.0)
+
+
+def _summary(number: int, outcome: Outcome, config: FederationConfig, seconds: float) -> dict[str, Any]:
+    """Make the row of a whole round; losses are weighted like the weights."""
+    losses = [(r["weight"], r["loss"]) for r in outcome.rows if r["status"] == "ok" and "loss" in r]
+    total = sum(weight for weight, _ in losses)
+    return {
+        "round": number,
+        "site": None,
+        "loss": sum(w * x for w, x in losses) / total if total else None,
+        "seconds": round(seconds, 3),
+        "bytes_down": outcome.bytes_down,
+        "bytes_up": outcome.bytes_up,
+        "contributors": [reply.site for reply in outcome.valid],
+        "refused": outcome.refused,
+        "silent": outcome.silent,
+        "rounds": config.rounds,
+        "strategy": config.strategy,
+    }
+
+
+def _line(row: dict[str, Any], rounds: int) -> str:
+    loss = "      -" if row["loss"] is None else f"{row['loss']:7.4f}"
+    asked = len(row["contributors"]) + len(row["refused"]) + len(row["silent"])
+    return (
+        f"round {row['round']:3d}/{rounds}  loss {loss}  sites {len(row['contributors'])}/{asked}  "
+        f"up {row['bytes_up'] / 1e6:.1f} MB  down {row['bytes_down'] / 1e6:.1f} MB  {row['seconds']:.1f} s"
+    )
+
+
+def _bytes(content: RecordDict) -> int:
+    return sum(record.count_bytes() for record in content.values())
+
+
+def initial_weights(method: torch.nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Return a method's shared tensors, fp32 on the CPU."""
+    state = method.state_dict()
+    return {name: state[name].detach().cpu().to(torch.float32) for name in names}
