@@ -1,0 +1,112 @@
+"""A data set in memory-mapped form: pixels, their index rows, and boxes in the pixels' own frame."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparsecontrast.data.decode import placement
+from sparsecontrast.errors import EmptySiteError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LABEL = "label_"  # prefix of label columns in an index
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Readable images and what is known of them; row i is the same image everywhere.
+
+    Attributes:
+        images: uint8 [N, S, S]; a memory map, or a view of one for neighbouring rows. Writing to it
+            never reaches the disk.
+        frame: index rows, sorted by site, split and image_id; its index is 0..N-1.
+        boxes: one float32 [n, 4] an image, (x, y, w, h) in pixels of ``images``.
+        box_labels: one label a box.
+        quarantine: what was left out: path, reason, stage.
+    """
+
+    images: np.ndarray
+    frame: pd.DataFrame
+    boxes: list[np.ndarray]
+    box_labels: list[list[str]]
+    quarantine: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the label columns, without their prefix."""
+        return [c.removeprefix(LABEL) for c in self.frame.columns if c.startswith(LABEL)]
+
+    @property
+    def patient_codes(self) -> np.ndarray:
+        """One int64 code an image, equal for equal patients; meaningless outside this data set."""
+        return np.unique(self.frame["patient_id"].to_numpy(dtype=str), return_inverse=True)[1].astype(
+            np.int64
+        )
+
+    def select(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> Dataset:
+        """Keep rows given by a boolean mask [N] or by numbers, in that order.
+
+        Neighbouring rows in rising order, as those of one site or of one site's split are, stay in
+        the memory map; any other choice is copied into memory.
+        """
+        rows = np.asarray(rows)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        run = len(rows) > 0 and rows[0] >= 0 and (np.diff(rows) == 1).all()
+        return replace(
+            self,
+            images=self.images[rows[0] : rows[-1] + 1] if run else self.images[rows],
+            frame=self.frame.iloc[rows].reset_index(drop=True),
+            boxes=[self.boxes[i] for i in rows],
+            box_labels=[self.box_labels[i] for i in rows],
+        )
+
+    def site(self, name: str) -> Dataset:
+        """Keep one site.
+
+        Raises:
+            EmptySiteError: it has no usable image.
+        """
+        mask = (self.frame["site"] == name).to_numpy()
+        if not mask.any():
+            known = ", ".join(sorted(self.frame["site"].unique())[:20])
+            raise EmptySiteError(f"site {name!r} has no usable image; sites with images: {known}")
+        return self.select(mask)
+
+    def split(self, name: str) -> Dataset:
+        """Keep train, val or test; may be empty."""
+        return self.select((self.frame["split"] == name).to_numpy())
+
+
+def cached_boxes(
+    frame: pd.DataFrame, shapes: np.ndarray, size: int
+) -> tuple[list[np.ndarray], list[list[str]]]:
+    """Map an index's boxes into cache pixels.
+
+    Args:
+        frame: index rows; ``boxes`` are in pixels of ``width`` x ``height`` (0 = as decoded).
+        shapes: int [N, 2], (height, width) as decoded.
+        size: side of the cached squares.
+
+    Returns:
+        float32 [n, 4] (x, y, w, h) and labels, one of each an image.
+    """
+    boxes, labels = [], []
+    columns = (frame["boxes"], frame["height"], frame["width"], shapes.tolist())
+    for text, height, width, shape in zip(*columns, strict=True):
+        found = json.loads(text) if isinstance(text, str) and len(text) > 2 else []
+        table = np.array([[b["x"], b["y"], b["w"], b["h"]] for b in found], dtype=np.float64).reshape(-1, 4)
+        left, top, w, h = placement(shape[0], shape[1], size)
+        across, down = w / (width or shape[1]), h / (height or shape[0])
+        table = table * [across, down, across, down] + [left, top, 0, 0]
+        boxes.append(table.astype(np.float32))
+        labels.append([str(b["label"]) for b in found])
+    return boxes, labels
