@@ -285,6 +285,9 @@ def test_jpeg_of_more_than_8_bit(tmp_path, precision):
     path.write_bytes(lossless_jpeg(pixels, precision))
     np.testing.assert_allclose(read_image(path) * (2**precision - 1), pixels, atol=0.01)
     assert (read_header(path).height, read_header(path).width) == (12, 20)
+    path.write_bytes(lossless_jpeg(pixels, precision)[:-200])
+    with pytest.raises(ImageReadError, match="truncated"):
+        read_image(path)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])

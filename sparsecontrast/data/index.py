@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from sparsecontrast.config import DataConfig, anchored
@@ -120,7 +121,7 @@ def _folder_rows(root: Path, recipe: Recipe) -> pd.DataFrame:
 
 def _probe(rows: pd.DataFrame, progress: bool) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read the headers that are needed, in parallel, and part the readable from the rest."""
-    is_dicom = rows["path"].str.lower().str.endswith(_DICOM_NAMES)
+    is_dicom = np.array([path.lower().endswith(_DICOM_NAMES) for path in rows["path"]], dtype=bool)
     asks = (rows["height"] == "") | (rows["width"] == "") | (is_dicom & (rows["view"] == ""))
     with ThreadPoolExecutor(_READERS) as pool:
         answers = pool.map(_answer, rows["path"], asks)
@@ -153,7 +154,7 @@ def _with_headers(rows: pd.DataFrame, headers: list[Header | None]) -> pd.DataFr
     for name in ("height", "width"):
         known = pd.to_numeric(rows[name], errors="coerce").fillna(0).astype(int)
         rows[name] = [getattr(h, name) if h else n for h, n in zip(headers, known, strict=True)]
-    rows["chest"] = [h is None or is_chest(h) for h in headers]
+    rows["chest"] = np.array([h is None or is_chest(h) for h in headers], dtype=bool)
     return rows
 
 

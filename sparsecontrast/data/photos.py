@@ -26,7 +26,10 @@ def read_photo(path: str | os.PathLike[str]) -> np.ndarray:
     if deep := _deep_jpeg(path):
         from libjpeg.utils import decode  # Pillow stops at 8 bit
 
-        return luminance(decode(Path(path).read_bytes())) / np.float32(2 ** deep["precision"] - 1)
+        data = Path(path).read_bytes()
+        if not data.rstrip(b"\0").endswith(b"\xff\xd9"):  # libjpeg would fill what is missing, in silence
+            raise OSError("image file is truncated: no end marker")
+        return luminance(decode(data)) / np.float32(2 ** deep["precision"] - 1)
     with Image.open(path, formats=FORMATS) as image:
         if image.mode.startswith("I"):
             return np.asarray(ImageOps.exif_transpose(image)).astype(np.float32) / np.float32(65535)

@@ -2,8 +2,8 @@
 
     recipe:
       images: train.csv            the table of images; or several sources, see ``Source``
-      derive: {name: FIELD}        new columns, made from others
       join: [TABLE, ...]           more columns, by keys
+      derive: {name: FIELD}        new columns, made from others
       one_row_per: image_id        fold several rows an image (readers, boxes) into one, by ``reduce``
       reduce: majority | any
       path: "images/{name}.png"    or several patterns, the first that exists; * is allowed in the folders

@@ -18,7 +18,7 @@ _EMPTY = {"nan", "NaN", "NA", "N/A", "None", "null", "NULL"}
 
 
 def read_rows(root: Path, recipe: Recipe) -> pd.DataFrame:
-    """Read, derive, join, fold and locate: everything about the images that no image file need tell.
+    """Read, join, derive, fold and locate: everything about the images that no image file need tell.
 
     Args:
         root: the folder of the data set; files of the recipe are relative to it.
@@ -36,10 +36,10 @@ def read_rows(root: Path, recipe: Recipe) -> pd.DataFrame:
     if not recipe.images or not recipe.path:
         raise RecipeError("recipe: 'images' (the table) and 'path' (where a row's file lies) are needed")
     rows = read_sources(root, recipe.images)
-    for name, field in recipe.derive.items():
-        rows[name] = field_of(rows, field)
     for table in recipe.join:
         rows = _join(rows, root, table)
+    for name, field in recipe.derive.items():
+        rows[name] = field_of(rows, field)
     if recipe.one_row_per is not None:
         need(rows, [recipe.one_row_per], "the images")
     labels = image_labels(rows, recipe, lambda table: read_table(root, table))
@@ -115,11 +115,11 @@ def _existing(root: Path, pattern: str, rows: pd.DataFrame) -> dict[object, str]
     """Map row to path for the rows whose file exists under this pattern."""
     folders = pattern.split("{", 1)[0].rsplit("/", 1)[0] if "/" in pattern.split("{", 1)[0] else ""
     rest = pattern[len(folders) :].lstrip("/")
-    filled = zip(rows.index, _fill(rest, rows), strict=True)
+    filled = list(zip(rows.index, _fill(rest, rows), strict=True))
     if "*" not in folders:
         candidates = ((i, os.path.join(root, folders, name)) for i, name in filled)
         return {i: path for i, path in candidates if os.path.isfile(path)}
-    there = _listing(sorted(root.glob(folders)), deep="/" in rest)
+    there = _listing(sorted(root.glob(folders)), deep=any("/" in name for _, name in filled))
     return {i: there[name] for i, name in filled if name in there}
 
 
