@@ -175,7 +175,7 @@ def test_mimic(tmp_path, suffix):
         "StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,"
         "PatientOrientationCodeSequence_CodeMeaning\n"
         "02aa804e-bde0afdd,10000032,50414267,CHEST,PA,3056,2544,21800506,213014,CHEST,postero-anterior,\n"
-        "2a2277a9-b0ded155,10000032,53189527,CHEST,LATERAL,3056,2544,21800626,165500.312,CHEST,lateral,\n"
+        "2a2277a9-b0ded155,10000032,53189527,CHEST,,3056,2544,21800626,165500.312,CHEST,lateral,\n"
         "6ad819bb-bae74eb9,11000011,51029426,CHEST,AP,2705,2539,21800723,80556.875,CHEST,antero-posterior,\n"
         "ffffffff-00000000,19999999,59999999,CHEST,,2705,2539,21800723,80556.875,CHEST,,\n"
     )

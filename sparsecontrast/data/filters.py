@@ -59,7 +59,7 @@ def normal_view(text: str) -> str:
 
 
 def is_frontal(view: str) -> bool:
-    """Keep PA, AP and the unknown: a missing view is far more often a frontal one than not."""
+    """Keep PA, AP and the unknown: whole archives name no view, and would be lost for it."""
     return view in ("PA", "AP", "")
 
 
