@@ -31,6 +31,17 @@ def test_loss_is_one_value_a_row_and_starts_near_chance():
     assert 0 < loss.mean() < 2 * math.log(8)
 
 
+def test_losses_keep_their_precision_under_autocast():
+    m = method("method.distill_every=1")
+    m.start_round(1, 20)
+    exact = m(batch(8)).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = m(batch(8))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.detach(), exact, atol=0.1, rtol=0.02)
+    assert m.metrics()["distillation"] >= 0
+
+
 @pytest.mark.parametrize("selection", ["learned", "random", "centre", "energy"])
 def test_tokens_in_the_blocks_follow_the_schedule(selection):
     m = method(f"selection={selection}", "method.distill_weight=0")

@@ -69,12 +69,15 @@ class SparseContrast(nn.Module):
         Raises:
             MethodError: ``keep`` is below what all-coarse cells need.
         """
-        scores = [self.saliency(view) for view in (batch.first, batch.second)]
         views = (batch.first, batch.second)
-        z = [self._project(v, s, batch.generator) for v, s in zip(views, scores, strict=True)]
-        contrast = losses.info_nce(z[0], z[1], self.config.temperature, batch.patients)
-        self._last = {"contrast": contrast.detach().mean(), "chance_loss": math.log(len(contrast))}
-        return contrast + self._scorer_terms(batch, scores)
+        scores = [self.saliency(view).float() for view in views]
+        z = [self._project(v, s, batch.generator).float() for v, s in zip(views, scores, strict=True)]
+        target = self._attention(batch)
+        # bf16 autocast would round similarities and log-probabilities to three digits
+        with torch.autocast(batch.first.device.type, enabled=False):
+            contrast = losses.info_nce(z[0], z[1], self.config.temperature, batch.patients)
+            self._last = {"contrast": contrast.detach().mean(), "chance_loss": math.log(len(contrast))}
+            return contrast + self._scorer_terms(scores, target)
 
     def start_round(self, round_number: int, rounds: int) -> None:
         """Set the kept share for this server round."""
@@ -149,18 +152,25 @@ class SparseContrast(nn.Module):
     def _mask(self, images: Tensor, scores: Tensor) -> Tensor:
         return scores + EXCLUDED * excluded_cells(images, self.backbone.grid)
 
-    def _scorer_terms(self, batch: Batch, scores: list[Tensor]) -> Tensor:
-        """Sparsity, entropy floor and, every ``distill_every`` steps, distillation: [B]."""
+    def _attention(self, batch: Batch) -> Tensor | None:
+        """The teacher's attention on a part of the batch [n, cells], every ``distill_every`` steps."""
+        c = self.config
+        if c.distill_weight == 0 or batch.step % c.distill_every:
+            return None
+        n = max(1, round(c.distill_fraction * len(batch.first)))
+        with torch.no_grad():
+            return self.teacher.attention(batch.first[:n]).float()
+
+    def _scorer_terms(self, scores: list[Tensor], target: Tensor | None) -> Tensor:
+        """Sparsity, entropy floor and, where there is a target, distillation: [B]."""
         c = self.config
         share = tokens.fine_cells(c.keep, self.backbone.num_cells, c.cell) / self.backbone.num_cells
         loss = scores[0].new_zeros(len(scores[0]))
         for s in scores:
             loss = loss + c.sparsity_weight * losses.sparsity_budget(s, share) / 2
             loss = loss + c.entropy_weight * losses.entropy_shortfall(s, c.entropy_floor) / 2
-        if c.distill_weight > 0 and batch.step % c.distill_every == 0:
-            n = max(1, round(c.distill_fraction * len(loss)))
-            with torch.no_grad():
-                target = self.teacher.attention(batch.first[:n])
+        if target is not None:
+            n = len(target)
             kl = losses.distillation(scores[0][:n], target)
             self._last["distillation"] = kl.detach().mean()
             loss = loss + c.distill_weight * F.pad(kl, (0, len(loss) - n))

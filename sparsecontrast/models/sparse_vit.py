@@ -185,5 +185,5 @@ def _query_attention(attn: nn.Module, x: Tensor, vit: VisionTransformer) -> Tens
     q, k, _ = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[operator]
     q, k = attn.q_norm(q), attn.k_norm(k)  # type: ignore[operator]
     query = q[:, :, :1] if vit.global_pool == "token" else q.mean(2, keepdim=True)
-    weights = (query * attn.scale @ k.transpose(-2, -1)).softmax(-1)
+    weights = (query * attn.scale @ k.transpose(-2, -1)).float().softmax(-1)
     return weights[:, :, 0, vit.num_prefix_tokens :].mean(1)
