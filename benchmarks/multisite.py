@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table("Seconds", [seconds for one in found for seconds in one["seconds"]])
     command = f"python -m benchmarks.multisite --root {args.root}{' --quick' if args.quick else ''}"
     if args.json:
-        write_result("multisite", command, [*rows, *(s for one in found for s in one["seconds"])], args.json)
+        write_result("multisite", command, rows, args.json)
 
 
 def run_all(out: Path, seeds: list[int], common: tuple[str, ...]) -> list[dict[str, Any]]:
