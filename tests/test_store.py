@@ -191,7 +191,7 @@ def test_killed_build_leaves_nothing_that_counts(tmp_path):
     process = script(tmp_path, workers=1)
     until(lambda: len(reads(tmp_path / "in")) > 5)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     assert leftovers(tmp_path / "cache") and not stores(tmp_path / "cache")
     found = open_pixels(tasks_of(files), SIZE, tmp_path / "cache")
     assert (found.images == expected(files)).all() and not leftovers(tmp_path / "cache")
@@ -202,7 +202,7 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     process = script(tmp_path, workers=2)
     until(lambda: len(reads(tmp_path / "in")) > 5)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     workers = {int(x.split()[1]) for x in (tmp_path / "in" / "reads.log").read_text().splitlines()}
     assert process.pid not in workers
     until(lambda: all(gone(pid) for pid in workers), 10)
