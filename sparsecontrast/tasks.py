@@ -3,7 +3,7 @@
 A task is an entry of ``evaluation.tasks``::
 
     {name: bacterial vs viral, label: bacterial, site: guangzhou_wcmc, where: pneumonia}
-    {name: NIH findings, labels: [Mass, Nodule], site: nih_bethesda, cross_validate: 5}
+    {name: NIH findings, labels: [mass, nodule], site: nih_bethesda, cross_validate: 5}
 
 ``site`` is the original source within which the task is judged, ``where`` a label that must be 1,
 ``cross_validate`` a number of folds by patient in place of the split. Without ``site`` a task is
@@ -42,7 +42,7 @@ class Table:
     """The columns that an evaluation needs, aligned with the images: all [N].
 
     Attributes:
-        patients: pseudonyms.
+        patients: numbered by their first row.
         sites: where each image lay in training.
         sources: where it was taken; differs from ``sites`` when small sources were merged.
         splits: train, val or test.
@@ -80,9 +80,12 @@ def make_table(frame: "pd.DataFrame", sites: Sequence[str] | None = None) -> Tab
     patients = frame["patient_id"].to_numpy(dtype=str)
     splits = frame["split"].to_numpy(dtype=str)
     _refuse_leaks(patients, splits)
+    # pseudonyms depend on a site's key; numbered by their first row, patients do not, nor do draws of them
+    known: dict[str, int] = {}
+    patients = np.array([f"p{known.setdefault(p, len(known))}" for p in patients.tolist()])
     source = frame["source_site"] if "source_site" in frame.columns else frame["site"]
     return Table(
-        patients=patients,
+        patients=_anonymous(patients),
         sites=np.array(frame["site"] if sites is None else sites, dtype=str),
         sources=source.to_numpy(dtype=str),
         splits=splits,
@@ -92,6 +95,16 @@ def make_table(frame: "pd.DataFrame", sites: Sequence[str] | None = None) -> Tab
             if str(c).startswith("label_")
         },
     )
+
+
+def _anonymous(patients: np.ndarray) -> np.ndarray:
+    """Number patients in the order of the rows.
+
+    Pseudonyms depend on the site's random key; label budgets and folds are drawn by patient, and a
+    seed must draw the same ones everywhere.
+    """
+    first: dict[str, str] = {}
+    return np.array([first.setdefault(p, f"patient {len(first)}") for p in patients.tolist()], dtype=str)
 
 
 def parse_tasks(entries: Sequence[Mapping[str, Any]], table: Table) -> tuple[Task, ...]:
@@ -149,17 +162,21 @@ def _parse(entry: Mapping[str, Any], where: str, table: Table) -> Task:
     if ("label" in entry) == ("labels" in entry):
         raise ConfigError(f"{where}: give either label (one) or labels (a list)")
     labels = tuple(entry["labels"]) if "labels" in entry else (entry["label"],)
-    asked = [*labels, *([entry["where"]] if entry.get("where") else [])]
-    absent = [name for name in asked if name not in table.labels]
+    condition = entry.get("where")
+    # an index spells labels in lower case, whatever its table did
+    known = {name.casefold(): name for name in table.labels} | {name: name for name in table.labels}
+    spelt = {str(x): known.get(str(x), known.get(str(x).casefold())) for x in (*labels, condition) if x}
+    absent = [name for name, found in spelt.items() if found is None]
     if absent or not labels:
         raise LabelError(f"{where}: the data has no label {absent}; known: {sorted(table.labels)}")
+    labels, condition = tuple(str(spelt[str(x)]) for x in labels), spelt.get(str(condition))
     site, folds = entry.get("site"), entry.get("cross_validate")
     sources = sorted(set(table.sources.tolist()))
     if site is not None and site not in sources:
         raise ConfigError(f"{where}.site={site!r}: no image of that source; known: {sources}")
     if folds is not None and (not isinstance(folds, int) or folds < 2):
         raise ConfigError(f"{where}.cross_validate={folds!r}: must be a whole number of at least 2")
-    return Task(str(entry.get("name") or labels[0]), labels, site, entry.get("where"), folds)
+    return Task(str(entry.get("name") or labels[0]), labels, site, condition, folds)
 
 
 def _refuse_leaks(patients: np.ndarray, splits: np.ndarray) -> None:

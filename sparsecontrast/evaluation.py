@@ -1,0 +1,174 @@
+"""A run folder -> ``evaluation.json``: what the frozen features are worth, beside their baselines.
+
+Nothing is fine-tuned. A linear probe and a nearest-neighbour vote read the embedding of the newest
+round; ``tasks.py`` says what is asked, ``scoring.py`` how a cell is scored, ``features.py`` what the
+run is compared with.
+"""
+
+import contextlib
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsecontrast.checkpoint import Round, write_bytes
+from sparsecontrast.config import DataConfig, anchored, as_dict
+from sparsecontrast.errors import ConfigError, PatientLeakError
+from sparsecontrast.features import (
+    BATCH,
+    Baselines,
+    Budget,
+    check_baselines,
+    encode,
+    load_method,
+    presented_images,
+    trained_round,
+)
+from sparsecontrast.overlays import selection_recall
+from sparsecontrast.progress import progress
+from sparsecontrast.runs import EVALUATION, PARTITION, STATE, Run, read_run, read_table
+from sparsecontrast.scoring import METRICS, Features, Scorer
+from sparsecontrast.tasks import make_table, parse_tasks
+
+if TYPE_CHECKING:
+    from sparsecontrast.data.cache import Dataset
+
+VERSION = 1
+
+
+def evaluate_run(
+    run_dir: str | Path, overrides: Sequence[str] = (), show: bool = True, against: Sequence[str | Path] = ()
+) -> dict[str, Any]:
+    """Score a run and write ``<run_dir>/evaluation.json``.
+
+    Args:
+        run_dir: a run folder with at least one trained round.
+        overrides: on top of the run's own, such as ``evaluation.keep=sparse``.
+        show: progress on stderr.
+        against: other run folders on the same data, scored beside this one.
+
+    Returns:
+        What was written: ``rows`` and ``differences`` of ``scoring.Scorer.rows``, ``budgets``, and
+        how it was made.
+
+    Raises:
+        UntrainedError, PatientLeakError, LabelError, ConfigError: there is nothing honest to score.
+    """
+    run = read_run(run_dir, overrides)
+    check_baselines(run.config.evaluation.baselines)
+    found = trained_round(run)
+    dataset = run_dataset(run, show)
+    table = make_table(dataset.frame, run_sites(run, dataset))
+    tasks = parse_tasks(run.config.evaluation.tasks, table)
+    baselines = Baselines(run, found.number, dataset.images, table, tasks)
+    sets, budgets = _feature_sets(baselines, found, against, show)
+    evaluation = run.config.evaluation
+    scorer = Scorer(
+        evaluation.label_fractions, evaluation.knn_neighbours, evaluation.bootstrap, run.config.seed
+    )
+    total = len(tasks) * len(scorer.fractions) * len(METRICS) * len(sets)
+    with progress("Probes", total, show) as tick:
+        rows, differences = scorer.rows(sets, table, tasks, tick)
+    method = load_method(run.config, found.tensors)
+    result = {
+        "version": VERSION, "round": found.number, "seed": run.config.seed,
+        "trained": sets[0].name, "features": [s.name for s in sets],
+        "keep": evaluation.keep, "scored_split": table.scored_split, "overrides": list(overrides),
+        "tasks": [as_dict(vars(t)) for t in tasks], "bootstrap": evaluation.bootstrap,
+        "budgets": {name: vars(b) for name, b in budgets.items()},
+        "versions": versions(), "rows": rows, "differences": differences,
+        "selection": selection_recall(method, dataset, evaluation.bootstrap, run.config.seed),
+    }  # fmt: skip
+    write_bytes(run.folder / EVALUATION, json.dumps(result, indent=1, allow_nan=False).encode())
+    return result
+
+
+def run_dataset(run: Run, show: bool = True) -> "Dataset":
+    """Load the images that a run's configuration names, from its cache where that is whole."""
+    from sparsecontrast.data.cache import load_dataset
+
+    cache = run.config.data.cache_dir
+    folder = anchored(cache) if cache else run.folder / "cache"
+    return load_dataset(run.config, folder, run.folder / STATE, progress=show)
+
+
+def run_sites(run: Run, dataset: "Dataset") -> list[str] | None:
+    """Return where each image lay in training: as ``partition.csv`` says, else as the index does.
+
+    Raises:
+        PatientLeakError: the partition speaks of other images than the data holds.
+    """
+    partition = read_table(run.folder, PARTITION)
+    if partition is None or not {"image_id", "site"} <= set(partition.columns):
+        return None
+    known = dict(zip(partition["image_id"], partition["site"], strict=True))
+    ids = dataset.frame["image_id"].astype(str).tolist()
+    missing = sum(i not in known for i in ids)
+    if missing:
+        raise PatientLeakError(
+            f"{missing} of {len(ids)} images are not in {PARTITION}: the data changed since the run, so it "
+            "cannot be said what was trained on; evaluate on the data of the run"
+        )
+    return [known[i] for i in ids]
+
+
+def run_name(run: Run) -> str:
+    """Name a run in tables: federated, or pretrained where one site trained alone."""
+    return "federated" if len({row["site"] for row in run.sites}) != 1 else "pretrained"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("sparsecontrast", "torch", "timm", "flwr", "scikit-learn", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _feature_sets(
+    baselines: Baselines, found: Round, against: Sequence[str | Path], show: bool
+) -> tuple[list[Features], dict[str, Budget]]:
+    """Encode the run, the runs it is set against, and its baselines; the run stands first."""
+    run, images = baselines.run, baselines.images
+    names = run.config.evaluation.baselines
+    trained = [(run_name(run), run, found), *_others(run, against, names)]
+    total = len(trained) * -(-len(images) // BATCH) + sum(baselines.ticks(name) for name in names)
+    sets, budgets = [], {}
+    with progress("Features", total, show) as tick:
+        for name, one, weights in trained:
+            sets.append(Features(name, (encode(one.config, weights.tensors, images, tick, name),)))
+            budgets[name] = Budget(weights.number, sum(presented_images(one).values()))
+        for name in names:
+            features, budget = baselines.make(name, tick)
+            sets.append(features)
+            budgets |= {name: budget} if budget else {}
+    return sets, budgets
+
+
+def _others(run: Run, folders: Sequence[str | Path], taken: Sequence[str]) -> list[tuple[str, Run, Round]]:
+    """Open the runs of ``--against``; they are read at this run's keep, and named by their folders.
+
+    Raises:
+        ConfigError: one was made on other data, or with other splits.
+    """
+    found = []
+    for folder in folders:
+        other = read_run(folder, [f"evaluation.keep={run.config.evaluation.keep}"])
+        if _source(other) != _source(run):
+            raise ConfigError(
+                f"--against {folder}: made on other data than {run.folder}, it cannot be paired"
+            )
+        used = {run_name(run), *taken, *(name for name, _, _ in found)}
+        short, long = other.folder.name, "/".join(other.folder.parts[-2:])
+        found.append((long if short in used else short, other, trained_round(other)))
+    return found
+
+
+def _source(run: Run) -> DataConfig:
+    """What decides images, labels and splits; where the files of one run lie does not."""
+    return dataclasses.replace(run.config.data, index=None, cache_dir=None)
