@@ -99,14 +99,14 @@ def cached_boxes(
     Returns:
         float32 [n, 4] (x, y, w, h) and labels, one of each an image.
     """
-    boxes, labels = [], []
-    columns = (frame["boxes"], frame["height"], frame["width"], shapes.tolist())
-    for text, height, width, shape in zip(*columns, strict=True):
-        found = json.loads(text) if isinstance(text, str) and len(text) > 2 else []
+    boxes = [np.zeros((0, 4), dtype=np.float32) for _ in range(len(frame))]
+    labels: list[list[str]] = [[] for _ in range(len(frame))]
+    texts, heights, widths = (frame[name].to_list() for name in ("boxes", "height", "width"))
+    for row in (row for row, text in enumerate(texts) if text != "[]"):
+        found, shape = json.loads(texts[row]), shapes[row].tolist()
         table = np.array([[b["x"], b["y"], b["w"], b["h"]] for b in found], dtype=np.float64).reshape(-1, 4)
         left, top, w, h = placement(shape[0], shape[1], size)
-        across, down = w / (width or shape[1]), h / (height or shape[0])
-        table = table * [across, down, across, down] + [left, top, 0, 0]
-        boxes.append(table.astype(np.float32))
-        labels.append([str(b["label"]) for b in found])
+        across, down = w / (widths[row] or shape[1]), h / (heights[row] or shape[0])
+        boxes[row] = (table * [across, down, across, down] + [left, top, 0, 0]).astype(np.float32)
+        labels[row] = [str(b["label"]) for b in found]
     return boxes, labels

@@ -245,13 +245,16 @@ def _prune(cache_dir: Path, folder: Path, donors: list[_Donor], identities: list
 
 
 def _identity(task: Task) -> str:
-    """``<who>:<which version>``: digests of the path (and scanner), and of the file's size and mtime."""
-    try:
-        state = None if task.path.startswith("phantom:") else os.stat(task.path)
-        version = [state.st_size, state.st_mtime_ns] if state else []
-    except OSError:
-        version = ["missing"]
-    return f"{_digest([task.path, task.scanner, task.seed])}:{_digest(version)}"
+    """``<who>:<which version>``: a digest of path and scanner, and the file's size and mtime."""
+    version = ""
+    if not task.path.startswith("phantom:"):
+        try:
+            state = os.stat(task.path)
+            version = f"{state.st_size}-{state.st_mtime_ns}"
+        except OSError:
+            version = "missing"
+    name = f"{task.path}\n{task.scanner}\n{task.seed}".encode(errors="surrogateescape")
+    return f"{hashlib.sha256(name).hexdigest()[:32]}:{version}"
 
 
 def _name(identity: str) -> str:
