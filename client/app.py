@@ -9,7 +9,7 @@ import math
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,21 +43,20 @@ def train(message: Message, context: Context) -> Message:
     return _answer(_train, message, context)
 
 
-def _hello(message: Message, site: Any) -> RecordDict:
+def _hello(message: Message, sites: Sequence[Any]) -> RecordDict:
     from sparsecontrast.methods import build_method
     from sparsecontrast.payload import fingerprint
 
-    method = build_method(site.config)
-    status: dict[str, Any] = {
-        "status": "ok",
-        "site": site.name,
-        "fingerprint": fingerprint(_shapes(method)),
-        "version": _version(),
-    }
+    status: dict[str, Any] = {"status": "ok", "version": _version()}
+    if sites:
+        status["sites"] = [site.name for site in sites]
+        status["fingerprint"] = fingerprint(_shapes(build_method(sites[0].config)))
+    else:
+        status["idle"] = True
     return RecordDict({"status": ConfigRecord(status)})
 
 
-def _train(message: Message, site: Any) -> RecordDict:
+def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     import torch
 
     from client.site import training_images
@@ -65,6 +64,7 @@ def _train(message: Message, site: Any) -> RecordDict:
     from sparsecontrast.methods import build_method
     from sparsecontrast.trainer import LocalTrainer
 
+    (site,) = sites
     started = time.perf_counter()
     number, rounds, run_key, mu = _orders(message.content.config_records["config"])
     torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
@@ -101,23 +101,38 @@ def _train(message: Message, site: Any) -> RecordDict:
     )
 
 
-def _answer(work: Callable[[Message, Any], RecordDict], message: Message, context: Context) -> Message:
+def _answer(
+    work: Callable[[Message, Sequence[Any]], RecordDict], message: Message, context: Context
+) -> Message:
     """Do the work; turn every exception into a code, and write its text where only the site reads it."""
     from client.site import log_folder, resolve
 
-    overrides, site = "", None
+    overrides, name, folder = "", "", None
     try:
-        overrides = str(message.content.config_records["config"]["overrides"])
-        site = resolve(context.node_config, overrides)
-        content = work(message, site)
+        config = message.content.config_records["config"]
+        overrides = str(config["overrides"])
+        folder = log_folder(context.node_config, overrides)
+        sites = _addressed(resolve(context.node_config, overrides), config)
+        if len(sites) == 1:
+            name, folder = sites[0].name, sites[0].state_dir
+        content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
         code = error.code if isinstance(error, SparseContrastError) else "internal"
-        folder = site.state_dir if site else log_folder(context.node_config, overrides)
         if folder is not None:
             _note(folder, f"{code}\n{traceback.format_exc()}")
-        status: dict[str, Any] = {"status": "error", "code": code, "site": site.name if site else ""}
+        status: dict[str, Any] = {"status": "error", "code": code, "site": name}
         content = RecordDict({"status": ConfigRecord(status)})
     return Message(content, reply_to=message)
+
+
+def _addressed(sites: Sequence[Any], config: ConfigRecord) -> Sequence[Any]:
+    """Keep the site that the message names; a message without a name is for all of the node."""
+    if "site" not in config:
+        return sites
+    meant = [site for site in sites if site.name == config["site"]]
+    if not meant:
+        raise ConfigError("the message is for a site that this node does not serve")
+    return meant
 
 
 def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:

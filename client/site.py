@@ -50,23 +50,28 @@ class Site:
     simulated: bool
 
 
-def resolve(node_config: Mapping[str, Any], overrides: str) -> Site:
-    """Find out who this node is.
+def resolve(node_config: Mapping[str, Any], overrides: str) -> list[Site]:
+    """Find out which sites this node serves: one, or in a simulation with few nodes several.
 
     Args:
-        node_config: Flower's, with ``site-config`` or ``partition-id``.
+        node_config: Flower's, with ``site-config``, or ``partition-id`` and ``num-partitions``.
         overrides: from the server.
 
+    Returns:
+        Sites; none when a simulation has more nodes than ``federation.sites``.
+
     Raises:
-        ConfigError: neither key, a site file that is not in order, or more nodes than sites.
+        ConfigError: neither key, a site file that is not in order, or fewer sites in the data than
+            the federation wants.
     """
     if "site-config" in node_config:
-        return _own_site(Path(str(node_config["site-config"])), overrides)
+        return [_own_site(Path(str(node_config["site-config"])), overrides)]
     if "partition-id" not in node_config:
         raise ConfigError(
             "node config: start the SuperNode with --node-config 'site-config=\"/abs/site.yaml\"'"
         )
-    return _simulated_site(int(node_config["partition-id"]), compose(overrides))
+    partition, nodes = int(node_config["partition-id"]), int(node_config.get("num-partitions", 1))
+    return _simulated_sites(partition, nodes, compose(overrides))
 
 
 def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
@@ -78,8 +83,6 @@ def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
         EmptySiteError: no readable training image.
         TooFewImagesError: fewer than ``data.min_images``.
     """
-    import numpy as np
-
     dataset = _dataset(site)
     own = dataset.site(site.name) if site.simulated else dataset
     train = own.split("train")
@@ -88,8 +91,7 @@ def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
         raise EmptySiteError(f"site {site.name}: no readable training image; see quarantine.csv")
     if len(train) < least:
         raise TooFewImagesError(f"site {site.name}: {len(train)} training images, data.min_images={least}")
-    _, codes = np.unique(train.frame["patient_id"].to_numpy(dtype=str), return_inverse=True)
-    return train.images, codes.astype(np.int64)
+    return train.images, train.patient_codes
 
 
 def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
@@ -142,20 +144,23 @@ def _read_site_file(path: Path) -> dict[str, Any]:
     return {"name": _checked_name(str(told["name"])), "state_dir": str(told["state_dir"]), "overrides": words}
 
 
-def _simulated_site(partition: int, config: Config) -> Site:
+def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
+    """Deal the sites of the data, sorted by name, to the nodes in turn."""
+    wanted = config.federation.sites
     if config.federation.partition != "by_site" and config.data.index is None:
         raise ConfigError(
             f"federation.partition={config.federation.partition} without data.index: run "
             "`python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
         )
     names = _site_names(config)
-    if partition >= len(names):
+    ranks = range(partition, wanted, nodes)
+    if ranks and ranks[-1] >= len(names):
         raise ConfigError(
-            f"partition-id {partition}, but the data hold {len(names)} site(s): {', '.join(names)}; "
-            "start fewer SuperNodes"
+            f"federation.sites={wanted}, partition-id {partition}: the data hold {len(names)} site(s): "
+            f"{', '.join(names)}; set federation.sites={len(names)}"
         )
-    name = _checked_name(names[partition])
-    return Site(name, config, site_state_dir(config, name), simulated=True)
+    chosen = [_checked_name(names[rank]) for rank in ranks]
+    return [Site(name, config, site_state_dir(config, name), simulated=True) for name in chosen]
 
 
 def _site_names(config: Config) -> list[str]:
@@ -166,9 +171,7 @@ def _site_names(config: Config) -> list[str]:
 
 
 def _dataset(site: Site) -> "Dataset":
-    """Load a site's data; nodes that share a machine wait for the one that builds the cache."""
-    import fcntl
-
+    """Load a site's data, or take them from memory."""
     from sparsecontrast.data.cache import load_dataset
 
     config = site.config
@@ -179,10 +182,7 @@ def _dataset(site: Site) -> "Dataset":
     key = repr((config.data, str(cache_dir), str(state_dir)))
     if key not in _datasets:
         _datasets.clear()
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(cache_dir / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            _datasets[key] = load_dataset(config, cache_dir, state_dir, progress=False)
+        _datasets[key] = load_dataset(config, cache_dir, state_dir, progress=False)
     return _datasets[key]
 
 

@@ -2,7 +2,8 @@
 
 Flower's reply list does not say who is missing, and waiting for nodes has no end. So every message
 is pushed alone, replies are pulled by message id until a deadline, and whoever stays silent is
-known by name.
+known by name. A site is addressed by its name: in a simulation with few SuperNodes one node serves
+several sites.
 """
 
 import re
@@ -19,51 +20,62 @@ from sparsecontrast.errors import FederationError
 
 HELLO, TRAIN = "query.hello", "train"
 POLL_SECONDS = (0.02, 0.5)  # between pulls: at first, and at most
+SAY_SECONDS = 10.0  # between lines while waiting
 _CODE = re.compile(r"[a-z][a-z_]{0,39}")
 _NAME = re.compile(r"[^\x00-\x1f/\\]{1,64}")
+_ADVICE = {
+    "backbone_mismatch": " (its backbone differs from the server's: same version of the code?)",
+    "silent": " (no answer within federation.connect_timeout)",
+    "duplicate_name": " (two nodes bear this name; every site needs its own)",
+}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back from a set of nodes.
+    """What came back, by the name under which it was asked.
 
     Attributes:
-        replies: content by node id.
-        errors: node id -> code, for nodes that answered with an error.
-        silent: node ids that did not answer in time.
-        seconds: node id -> time until its answer was here.
+        replies: contents.
+        errors: codes of answers that are Flower's errors.
+        silent: who did not answer in time.
+        seconds: time until each answer was here.
     """
 
-    replies: dict[int, RecordDict] = field(default_factory=dict)
-    errors: dict[int, str] = field(default_factory=dict)
-    silent: list[int] = field(default_factory=list)
-    seconds: dict[int, float] = field(default_factory=dict)
+    replies: dict[str, RecordDict] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def ask(grid: Grid, contents: Mapping[int, RecordDict], kind: str, timeout: float, group: str) -> Answers:
-    """Send one message to each node and collect the answers until ``timeout`` seconds have passed.
+def ask(
+    grid: Grid, letters: Mapping[str, tuple[int, RecordDict]], kind: str, timeout: float, group: str
+) -> Answers:
+    """Send one message for each name and collect the answers until ``timeout`` seconds have passed.
 
     Args:
         grid: Flower's.
-        contents: node id -> content.
+        letters: (node id, content) by name.
         kind: message type.
         timeout: seconds; also the messages' time to live, so nobody works on a stale one.
         group: Flower's group id, the round.
     """
     answers, pending, started = Answers(), {}, time.monotonic()
-    for node, content in contents.items():
+    for name, (node, content) in letters.items():
         message = Message(content, dst_node_id=node, message_type=kind, ttl=timeout, group_id=group)
         for message_id in grid.push_messages([message]):  # alone: the order of ids is then no question
             if message_id:
-                pending[message_id] = node
-    unsent = set(contents) - set(pending.values())
+                pending[message_id] = name
+    unsent = set(letters) - set(pending.values())
     pause, most = POLL_SECONDS
     while pending and time.monotonic() - started < timeout:
         arrived = [m for m in grid.pull_messages(list(pending)) if m.metadata.reply_to_message_id in pending]
         for message in arrived:
-            node = pending.pop(message.metadata.reply_to_message_id)
-            answers.seconds[node] = time.monotonic() - started
-            _sort(message, node, answers)
+            name = pending.pop(message.metadata.reply_to_message_id)
+            answers.seconds[name] = time.monotonic() - started
+            if message.has_error():  # its text stays unread: it may hold what must not be logged here
+                answers.errors[name] = f"flower_{message.error.code}"
+            else:
+                answers.replies[name] = message.content
         pause = POLL_SECONDS[0] if arrived else min(2 * pause, most)
         if pending:
             time.sleep(pause)
@@ -72,7 +84,7 @@ def ask(grid: Grid, contents: Mapping[int, RecordDict], kind: str, timeout: floa
 
 
 def connect(grid: Grid, config: FederationConfig, fingerprint: str, overrides: str) -> dict[str, int]:
-    """Wait for the sites, greet them, and keep those that train the same backbone.
+    """Greet nodes as they connect, and keep the sites that train the same backbone.
 
     Args:
         grid: Flower's.
@@ -86,33 +98,23 @@ def connect(grid: Grid, config: FederationConfig, fingerprint: str, overrides: s
     Raises:
         FederationError: fewer than ``min_sites`` usable sites in time; names the others with codes.
     """
-    nodes = _wait_for_nodes(grid, config)
     hello = RecordDict({"config": ConfigRecord({"overrides": overrides})})
-    answers = ask(grid, dict.fromkeys(nodes, hello), HELLO, config.connect_timeout, "hello")
-    excluded = {f"node {node}": code for node, code in answers.errors.items()}
-    excluded |= {f"node {node}": "silent" for node in answers.silent}
+    deadline, said = time.monotonic() + config.connect_timeout, -SAY_SECONDS
     sites: dict[str, int] = {}
-    for node, reply in answers.replies.items():
-        name, code = _greeting(reply, fingerprint, f"node {node}")
-        if name in sites or name in excluded:
-            code = "duplicate_name"
-            sites.pop(name, None)
-        if code:
-            excluded[name] = code
+    excluded: dict[str, str] = {}
+    greeted: set[int] = set()
+    while len(sites) + len(excluded) < config.sites and (left := deadline - time.monotonic()) > 0:
+        fresh = sorted(set(grid.get_node_ids()) - greeted)
+        greeted |= set(fresh)
+        if fresh:
+            answers = ask(grid, {f"node {n}": (n, hello) for n in fresh}, HELLO, left, "hello")
+            _admit(answers, {f"node {n}": n for n in fresh}, fingerprint, sites, excluded)
+        elif time.monotonic() - said >= SAY_SECONDS:
+            said = time.monotonic()
+            say(f"waiting for {config.sites} sites: {len(sites)} ready on {len(greeted)} node(s)")
         else:
-            sites[name] = node
-    for name, code in sorted(excluded.items()):
-        warn(f"{name} is left out of this run: {code}{_advice(code)}")
-    chosen = sorted(sites)[: config.sites]
-    if len(chosen) < len(sites):
-        warn(f"federation.sites={config.sites}: not used: {', '.join(sorted(sites)[config.sites :])}")
-    if len(chosen) < config.min_sites:
-        raise FederationError(
-            f"{len(chosen)} usable site(s) of {len(nodes)} node(s), federation.min_sites={config.min_sites} "
-            f"are needed; left out: {excluded or 'none'}"
-        )
-    say(f"{len(chosen)} sites: {', '.join(chosen)}")
-    return {name: sites[name] for name in chosen}
+            time.sleep(POLL_SECONDS[1])
+    return _chosen(sites, excluded, len(greeted), config)
 
 
 def status_of(reply: RecordDict) -> tuple[str, str]:
@@ -125,43 +127,53 @@ def status_of(reply: RecordDict) -> tuple[str, str]:
     return name, code if _CODE.fullmatch(code) else "malformed"
 
 
-def _sort(message: Message, node: int, answers: Answers) -> None:
-    """File a reply; an error's text stays unread, it may hold what must not be logged here."""
-    if message.has_error():
-        answers.errors[node] = f"flower_{message.error.code}"
-    else:
-        answers.replies[node] = message.content
+def _admit(
+    answers: Answers, nodes: dict[str, int], fingerprint: str, sites: dict[str, int], excluded: dict[str, str]
+) -> None:
+    """File the sites of fresh nodes under ``sites`` or, with a code, under ``excluded``."""
+    excluded |= answers.errors | dict.fromkeys(answers.silent, "silent")
+    for label, reply in answers.replies.items():
+        for name, code in _greeting(reply, fingerprint, label):
+            if name in sites or name in excluded:
+                sites.pop(name, None)
+                excluded[name] = "duplicate_name"
+            elif code:
+                excluded[name] = code
+            else:
+                sites[name] = nodes[label]
 
 
-def _wait_for_nodes(grid: Grid, config: FederationConfig) -> list[int]:
-    deadline, said = time.monotonic() + config.connect_timeout, 0.0
-    while len(nodes := sorted(grid.get_node_ids())) < config.sites and time.monotonic() < deadline:
-        if time.monotonic() - said > 10:
-            say(f"waiting for {config.sites} sites, {len(nodes)} connected")
-            said = time.monotonic()
-        time.sleep(POLL_SECONDS[1])
-    if len(nodes) < config.sites:
-        warn(
-            f"{len(nodes)} of {config.sites} sites connected within {config.connect_timeout:g} s; going on "
-            'with them. In a simulation set --federation-config "num-supernodes=..." or federation.sites'
-        )
-    return nodes
-
-
-def _greeting(reply: RecordDict, fingerprint: str, fallback: str) -> tuple[str, str]:
-    """Return the site's name and why it cannot take part, "" if it can."""
+def _greeting(reply: RecordDict, fingerprint: str, label: str) -> list[tuple[str, str]]:
+    """Return each site of a node and why it cannot take part, "" if it can."""
     name, code = status_of(reply)
-    if not name:
-        return fallback, code or "malformed"
-    if not code and reply.config_records["status"].get("fingerprint") != fingerprint:
-        code = "backbone_mismatch"
-    return name, code
+    if code:
+        return [(name or label, code)]
+    record = reply.config_records["status"]
+    if record.get("idle"):
+        return []
+    names = record.get("sites")
+    if not isinstance(names, list) or not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
+        return [(label, "malformed")]
+    code = "" if record.get("fingerprint") == fingerprint else "backbone_mismatch"
+    return [(str(n), code) for n in names]
 
 
-def _advice(code: str) -> str:
-    return {
-        "backbone_mismatch": " (its backbone differs from the server's: same version of the code?)",
-        "config": " (see client.log in the site's state folder)",
-        "silent": " (no answer within federation.connect_timeout)",
-        "duplicate_name": " (two nodes bear this name; every site needs its own)",
-    }.get(code, "")
+def _chosen(
+    sites: dict[str, int], excluded: dict[str, str], nodes: int, config: FederationConfig
+) -> dict[str, int]:
+    for name, code in sorted(excluded.items()):
+        advice = _ADVICE.get(code, " (see client.log in its state folder)")
+        warn(f"{name} is left out of this run: {code}{advice}")
+    names = sorted(sites)[: config.sites]
+    if len(names) < config.min_sites:
+        codes = [f"{list(excluded.values()).count(c)} x {c}" for c in sorted(set(excluded.values()))]
+        raise FederationError(
+            f"{len(names)} usable site(s) on {nodes} node(s), federation.min_sites={config.min_sites} are "
+            f"needed; left out: {', '.join(codes) or 'none'}"
+        )
+    if len(names) < config.sites:
+        warn(f"{len(names)} of {config.sites} sites are ready; going on with them")
+    if len(names) < len(sites):
+        warn(f"federation.sites={config.sites}: not used: {', '.join(sorted(sites)[config.sites :])}")
+    say(f"{len(names)} sites: {', '.join(names)}")
+    return {name: sites[name] for name in names}

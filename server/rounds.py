@@ -6,6 +6,7 @@ from the global generator. So the loop is ours, and the aggregation is Flower's.
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,11 +111,9 @@ class Rounds:
         """Send the weights out and verify what comes back."""
         names = participants(list(self.sites), self.config, self.folder.config.seed, number)
         down = payload.repack(self.flat, self.shapes, self.config.payload_dtype)
-        content = RecordDict({**records_of(down), "config": ConfigRecord(self._orders(number))})
-        size = _bytes(content)
-        nodes = {self.sites[name]: name for name in names}
-        timeout = self.config.round_timeout
-        answers = ask(self.grid, dict.fromkeys(nodes, content), TRAIN, timeout, str(number))
+        shared = records_of(down)
+        letters = {name: self._letter(name, number, shared) for name in names}
+        answers = ask(self.grid, letters, TRAIN, self.config.round_timeout, str(number))
         expected = Expectation(
             number,
             self.folder.run_key,
@@ -123,31 +122,34 @@ class Rounds:
             payload.norm(down.flat),
             self.config.max_norm_ratio,
         )
-        valid, refused = _judge(nodes, answers, expected)
-        silent = sorted(nodes[node] for node in answers.silent)
+        valid, refused = _judge(answers, expected)
         for name, code in sorted(refused.items()):
             warn(f"round {number}: {name} left out: {code}")
-        for name in silent:
-            warn(f"round {number}: {name} left out: no answer within {timeout:g} s")
-        sizes = {nodes[node]: _bytes(reply) for node, reply in answers.replies.items()}
-        seconds = {nodes[node]: value for node, value in answers.seconds.items()}
-        rows = [
-            _row(
-                number, name, valid.get(name), refused.get(name), size, sizes.get(name, 0), seconds.get(name)
-            )
-            for name in names
-        ]
+        for name in answers.silent:
+            warn(f"round {number}: {name} left out: no answer within {self.config.round_timeout:g} s")
+        sent = {name: _bytes(content) for name, (_, content) in letters.items()}
+        received = {name: _bytes(reply) for name, reply in answers.replies.items()}
+        rows = [_row(number, name, valid, refused, answers.seconds.get(name)) for name in names]
+        for row in rows:
+            row |= {"bytes_down": sent[row["site"]], "bytes_up": received.get(row["site"], 0)}
         _add_weights(rows, list(valid.values()), self.config)
-        return Outcome(list(valid.values()), refused, silent, rows, size * len(names), sum(sizes.values()))
+        return Outcome(
+            list(valid.values()), refused, answers.silent, rows, sum(sent.values()), sum(received.values())
+        )
 
-    def _orders(self, number: int) -> dict[str, Any]:
-        return {
-            "overrides": self.overrides,
-            "round": number,
-            "rounds": self.config.rounds,
-            "run_key": self.folder.run_key,
-            "proximal_mu": self.aggregator.proximal_mu,
-        }
+    def _letter(self, name: str, number: int, shared: Mapping[str, Any]) -> tuple[int, RecordDict]:
+        """Address the round's weights and orders to one site; the weights are the same for all."""
+        orders = ConfigRecord(
+            {
+                "overrides": self.overrides,
+                "site": name,
+                "round": number,
+                "rounds": self.config.rounds,
+                "run_key": self.folder.run_key,
+                "proximal_mu": self.aggregator.proximal_mu,
+            }
+        )
+        return self.sites[name], RecordDict({**shared, "config": orders})
 
     def _keep(self, number: int, facts: dict[str, Any]) -> None:
         """Write the round's checkpoint."""
@@ -175,44 +177,30 @@ def participants(sites: list[str], config: FederationConfig, seed: int, number: 
     return sorted(sorted(sites)[i] for i in chosen)
 
 
-def _judge(
-    nodes: dict[int, str], answers: Answers, expected: Expectation
-) -> tuple[dict[str, Contribution], dict[str, str]]:
+def _judge(answers: Answers, expected: Expectation) -> tuple[dict[str, Contribution], dict[str, str]]:
     """Split answers into valid ones by site, sorted, and refused ones with their codes."""
     valid: dict[str, Contribution] = {}
-    refused = {nodes[node]: code for node, code in answers.errors.items()}
-    for node in sorted(answers.replies, key=lambda n: nodes[n]):
-        name = nodes[node]
+    refused = dict(answers.errors)
+    for name in sorted(answers.replies):
         try:
-            valid[name] = read_reply(name, answers.replies[node], expected)
+            valid[name] = read_reply(name, answers.replies[name], expected)
         except (PayloadError, RefusedError) as error:
             refused[name] = error.code
     return valid, refused
 
 
 def _row(
-    number: int,
-    site: str,
-    reply: Contribution | None,
-    code: str | None,
-    down: int,
-    up: int,
-    seconds: float | None,
+    number: int, site: str, valid: dict[str, Contribution], refused: dict[str, str], seconds: float | None
 ) -> dict[str, Any]:
-    status = "ok" if reply else "refused" if code else "silent"
-    row: dict[str, Any] = {
-        "round": number,
-        "site": site,
-        "status": status,
-        "bytes_down": down,
-        "bytes_up": up,
-    }
-    if code:
-        row["code"] = code
+    status = "ok" if site in valid else "refused" if site in refused else "silent"
+    row: dict[str, Any] = {"round": number, "site": site, "status": status}
+    if site in refused:
+        row["code"] = refused[site]
     if seconds is not None:
         row["answer_seconds"] = round(seconds, 3)
-    if reply:
-        row |= {"num_examples": reply.examples} | {k.replace("-", "_"): v for k, v in reply.metrics.items()}
+    if site in valid:
+        metrics = {k.replace("-", "_"): v for k, v in valid[site].metrics.items()}
+        row |= {"num_examples": valid[site].examples} | metrics
     return row
 
 

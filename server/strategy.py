@@ -51,7 +51,7 @@ class Contribution:
     site: str
     flat: np.ndarray
     examples: int
-    metrics: dict[str, float]
+    metrics: dict[str, int | float]
 
 
 class Aggregator:

@@ -56,6 +56,7 @@ class LocalGrid(Grid):
         workers: processes.
         client_app: ``module:attribute`` of the ClientApp.
         on_event: called with ("sent" | "answered" | "failed", message type) for progress displays.
+        preload: module that workers import while the server still gets ready.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class LocalGrid(Grid):
         workers: int,
         client_app: str = "client.app:app",
         on_event: Callable[[str, str], None] | None = None,
+        preload: str = "sparsecontrast.trainer",
     ):
         self.nodes = {FIRST_NODE + i: dict(config) for i, config in enumerate(node_configs)}
-        self.client_app = client_app
+        self.client_app, self.preload = client_app, preload
         self._notify = on_event or (lambda event, kind: None)
         self._queue: deque[Message] = deque()
         self._replies: dict[str, Message] = {}
@@ -158,6 +160,9 @@ class LocalGrid(Grid):
         while self._queue and _expired(self._queue[0]):
             asked = self._queue.popleft()
             self._file(Message(Error(WORKER_DIED, "never started"), reply_to=asked), asked, "failed")
+        for place, idle in enumerate(self._workers):
+            if idle.message is None and not idle.process.is_alive():
+                self._replace(place, idle, "")
         for place, worker in enumerate(self._workers):
             if worker.message is None and self._queue:
                 worker.message = self._queue.popleft()
@@ -193,7 +198,7 @@ class LocalGrid(Grid):
     def _start(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.client_app, os.getpid()))
+        process = context.Process(target=serve, args=(theirs, self.client_app, self.preload, os.getpid()))
         with _environment(ONE_THREAD):
             process.start()
         theirs.close()  # so that its death is the end of the pipe

@@ -53,6 +53,8 @@ def run(words: Sequence[str], fresh: bool = False, evaluation: bool = True) -> P
     # the workers import torch while the data are made ready here
     with _grid(config) as (grid, show):
         words = _prepare(config, words, folder)
+        if config.resume is not None:
+            words = [*words, overrides.assign("resume", config.resume)]
         _serve(grid, show, words)
     if evaluation:
         _evaluate(folder)

@@ -10,19 +10,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-def serve(pipe: Connection, client_app: str, parent: int) -> None:
+def serve(pipe: Connection, client_app: str, preload: str, parent: int) -> None:
     """Answer messages until the pipe closes.
 
     Args:
         pipe: delivers (node id, run id, node config), then a message's protobuf bytes.
         client_app: ``module:attribute``.
+        preload: module to import before the first message.
         parent: process id whose end is ours too, even in the middle of a round.
     """
     threading.Thread(target=_follow, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     module, _, name = client_app.partition(":")
     app = getattr(importlib.import_module(module), name)
-    importlib.import_module("torch")  # now, while the parent is still getting ready
+    importlib.import_module(preload)
     while True:
         try:
             node, run, node_config = pipe.recv()

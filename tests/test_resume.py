@@ -1,0 +1,215 @@
+"""A killed run, continued, ends with the very bytes of a run that nobody disturbed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from server.folder import resolve
+from sparsecontrast import checkpoint
+from sparsecontrast.errors import CheckpointError, ConfigError
+from tests.federations import DirectGrid, partitions, rows, serve, words, write_images
+
+ROOT = Path(__file__).parents[1]
+# times, and the length of a message that holds the path of the run
+OTHERWISE = ("seconds", "setup_seconds", "answer_seconds", "bytes_down")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), {"a": 8, "b": 5, "c": 6})
+
+
+def same(one, two, number):
+    """Whether a round's weights, strategy state and metrics are equal, but for times and paths."""
+    for suffix in (".safetensors", ".strategy.safetensors"):
+        a, b = (checkpoint.round_file(folder, number, suffix) for folder in (one, two))
+        assert a.exists() == b.exists()
+        assert not a.exists() or a.read_bytes() == b.read_bytes()
+    plain = [[{k: v for k, v in r.items() if k not in OTHERWISE} for r in rows(f)] for f in (one, two)]
+    assert plain[0] == plain[1]
+    return True
+
+
+class Stopped(BaseException):
+    """The power goes off."""
+
+
+def stop_before(round_number, told):
+    """Serve until the messages of a round are about to leave."""
+
+    class Doomed(DirectGrid):
+        def push_messages(self, messages):
+            if messages[0].metadata.group_id == str(round_number):
+                raise Stopped
+            return super().push_messages(messages)
+
+    from flwr.app import Context, RecordDict
+
+    from client.app import app as client_app
+    from server.app import app as server_app
+    from sparsecontrast.overrides import join
+
+    grid = Doomed(partitions(3), client_app)
+    with pytest.raises(Stopped):
+        server_app(grid, Context(1, 1, {}, RecordDict(), {"overrides": join(told)}))
+
+
+def strategy_words(strategy):
+    options = {"fedavgm": "{server_momentum: 0.9}", "fedyogi": "{eta: 0.01}"}.get(strategy, "null")
+    return [f"federation.strategy={strategy}", f"federation.options={options}"]
+
+
+def simulate(told, wait_for=None):
+    """Run ``python -m simulation``; kill it, as ``kill -9`` does, when a file appears."""
+    command = [sys.executable, "-m", "simulation", *told, "--no-evaluation"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    workers = []
+    if wait_for is not None:
+        deadline = time.monotonic() + 120
+        while not wait_for.exists():
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output, [Path(f"/proc/{pid}") for pid in workers]
+
+
+def test_kill_nine_and_resume_is_bit_identical(images, tmp_path):
+    more = ("federation.rounds=4", *strategy_words("fedadam"))
+    serve(partitions(3), words(images, tmp_path / "whole", *more))
+    killed = tmp_path / "killed"
+    code, _, workers = simulate(words(images, killed, *more), checkpoint.round_file(killed, 2, ".json"))
+    assert code == -signal.SIGKILL
+    assert checkpoint.latest(killed) in (2, 3)
+    assert len(workers) >= 2
+    # the overrides of the killed run are remembered: resume= is all that is needed
+    code, output, _ = simulate([f"resume={killed}"])
+    assert code == 0, output
+    assert "continuing" in output
+    assert "round   1/4" not in output
+    assert same(tmp_path / "whole", killed, 4)
+    assert not [w for w in workers if w.exists() and "simulation" in (w / "cmdline").read_text()]
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm", "fedyogi", "fedprox"])
+def test_every_kind_of_strategy_state_survives(images, tmp_path, strategy):
+    more = ("federation.rounds=3", "federation.fraction=0.6", *strategy_words(strategy))
+    serve(partitions(3), words(images, tmp_path / "whole", *more))
+    stop_before(3, words(images, tmp_path / "cut", *more))
+    assert checkpoint.latest(tmp_path / "cut") == 2
+    serve(partitions(3), [f"resume={tmp_path / 'cut'}"])
+    assert same(tmp_path / "whole", tmp_path / "cut", 3)
+
+
+@pytest.fixture(scope="module")
+def cut(images, tmp_path_factory):
+    """A run that stopped after two of three rounds; tests copy it."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    stop_before(3, words(images, folder, "federation.rounds=3"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    serve(partitions(3), words(images, folder, "federation.rounds=3"))
+    return folder
+
+
+@pytest.fixture
+def copy(cut, tmp_path):
+    return Path(shutil.copytree(cut, tmp_path / "moved"))
+
+
+def test_a_moved_folder_continues_where_it_lies(copy, whole, cut):
+    before = sorted((p, p.stat().st_mtime_ns) for p in cut.rglob("*"))
+    serve(partitions(3), [f"resume={copy}"])
+    assert same(whole, copy, 3)
+    assert sorted((p, p.stat().st_mtime_ns) for p in cut.rglob("*")) == before
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+def test_a_torn_last_round_is_done_again(copy, whole, suffix):
+    path = checkpoint.round_file(copy, 2, suffix)
+    path.write_bytes(path.read_bytes()[:-20])
+    serve(partitions(3), [f"resume={copy}"])
+    assert same(whole, copy, 3)
+
+
+def test_metrics_are_cut_to_whole_rounds(copy, whole):
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"round": 3, "site": "a", "loss": 9.9}\n{"round": 3, "si')
+    serve(partitions(3), [f"resume={copy}"])
+    assert same(whole, copy, 3)
+
+
+def test_a_site_with_a_torn_local_state_goes_on_from_the_one_before(copy):
+    (state,) = (copy / "sites" / "a" / "state").glob("*/round_0002.safetensors")
+    state.write_bytes(state.read_bytes()[:100])
+    serve(partitions(3), [f"resume={copy}"])
+    last = {r["site"]: r for r in rows(copy) if r["round"] == 3}
+    assert [last[s]["state_round"] for s in ("a", "b", "c")] == [1, 2, 2]
+    assert "torn" in (copy / "sites" / "a" / "client.log").read_text()
+
+
+def test_two_local_states_are_kept(cut, whole):
+    for folder, numbers in ((cut, [1, 2]), (whole, [2, 3])):
+        for site in "abc":
+            found = sorted(p.name for p in (folder / "sites" / site / "state").glob("*/*"))
+            assert found == [f"round_{n:04d}.safetensors" for n in numbers]
+
+
+def test_a_run_that_is_done_has_nothing_to_do(whole):
+    before = checkpoint.round_file(whole, 3).read_bytes()
+    serve(partitions(3), [f"resume={whole}"])
+    assert checkpoint.latest(whole) == 3
+    assert checkpoint.round_file(whole, 3).read_bytes() == before
+
+
+def test_more_rounds_may_be_asked_for(copy):
+    serve(partitions(3), [f"resume={copy}", "federation.rounds=4"])
+    assert checkpoint.latest(copy) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("seed=2", "seed was 0, is 2"),
+        ("backbone.depth=2", "backbone.depth was 1, is 2"),
+        ("federation.strategy=median", "federation.strategy was 'fedavg'"),
+        ("data.index=/elsewhere.csv", "data.index"),
+        ("train.lr=0.5", "train.lr"),
+    ],
+)
+def test_another_configuration_is_another_run(copy, change, named):
+    with pytest.raises(ConfigError, match=named):
+        resolve([f"resume={copy}", change])
+
+
+def test_free_settings_may_change_and_overrides_add_up(copy):
+    free = ["federation.workers=7", "evaluation.bootstrap=10", "federation.round_timeout=9"]
+    config, told = resolve([f"resume={copy}", *free])
+    assert config.federation.workers == 7
+    assert config.resume == config.output_dir == str(copy)
+    assert "backbone.depth=1" in told
+    assert not [w for w in told if w.startswith("resume")]
+
+
+def test_nothing_to_resume_is_said(tmp_path, copy):
+    with pytest.raises(ConfigError, match="no run there"):
+        serve(partitions(3), [f"resume={tmp_path / 'nowhere'}"])
+    for path in (copy / "rounds").glob("*.safetensors"):
+        path.write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="no whole round"):
+        serve(partitions(3), [f"resume={copy}"])

@@ -1,0 +1,306 @@
+"""Whole federations on tiny images: what is written, who is left out and by what name, what ends a run."""
+
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+import yaml
+
+from simulation import run as simulation
+from simulation.grid import LocalGrid
+from sparsecontrast import checkpoint, overrides
+from sparsecontrast.config import compose
+from sparsecontrast.errors import ConfigError, FederationError, QuorumError, StorageError
+from tests import apps
+from tests.federations import partitions, rows, serve, words, write_images
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), {"a": 8, "b": 5, "c": 6})
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """One undisturbed run of two rounds."""
+    return simulation.run(words(images, tmp_path_factory.mktemp("run") / "out"), evaluation=False)
+
+
+# ---- what a run leaves behind
+
+
+def test_rounds_form_a_chain_and_hold_only_shared_weights(finished):
+    parent, before = None, None
+    for number in range(3):
+        read = checkpoint.read_round(finished, number)
+        assert read.meta["parent"] == parent
+        assert all(name.startswith(("backbone.", "saliency.")) for name in read.tensors)
+        assert all(t.dtype == torch.float32 for t in read.tensors.values())
+        if before:
+            assert any(not torch.equal(before[n], t) for n, t in read.tensors.items())
+        parent, before = checkpoint.weights_sha256(read.meta), read.tensors
+    assert checkpoint.latest(finished) == 2
+    meta = checkpoint.read_meta(finished, 2)
+    assert meta["contributors"] == ["a", "b", "c"]
+    assert meta["seed"] == 0
+    assert meta["config"]["federation"]["rounds"] == 2
+
+
+def test_round_zero_is_the_seeded_model(finished):
+    from sparsecontrast.methods import build_method
+
+    state = build_method(
+        compose(yaml.safe_load((finished / "config.yaml").read_text())["overrides"])
+    ).state_dict()
+    assert all(torch.equal(state[n], t) for n, t in checkpoint.read_round(finished, 0).tensors.items())
+
+
+def test_metrics_have_a_row_for_each_round_and_site_and_one_for_the_round(finished):
+    found = rows(finished)
+    keys = [(r["round"], r["site"]) for r in found]
+    assert keys == [(n, site) for n in (1, 2) for site in ("a", "b", "c", None)]
+    assert [r["num_examples"] for r in found if r["site"]] == [8, 5, 6] * 2  # the train split alone
+    assert [r["state_round"] for r in found if r["site"]] == [0] * 3 + [1] * 3
+    for row in found:
+        assert row["loss"] > 0
+        assert row["bytes_up"] > 0
+        assert row["seconds"] > 0
+    last = found[-1]
+    assert last["contributors"] == ["a", "b", "c"]
+    assert (last["refused"], last["silent"]) == ({}, [])
+    assert last["bytes_up"] == sum(r["bytes_up"] for r in found[-4:-1])
+    weights = [r["weight"] for r in found[-4:-1]]
+    assert last["loss"] == pytest.approx(
+        sum(w * r["loss"] for w, r in zip(weights, found[-4:-1], strict=True))
+    )
+
+
+def test_a_folder_with_rounds_is_not_overwritten(finished, images):
+    with pytest.raises(ConfigError, match="resume="):
+        simulation.run(words(images, finished), evaluation=False)
+
+
+def test_the_command_line_says_one_line_and_ends_with_two(finished, images, capfd):
+    assert simulation.main([*words(images, finished), "--no-evaluation"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("error [config]: ")
+    assert err.count("\n") == 1
+
+
+def test_fresh_deletes_a_run_and_nothing_else(finished, images, tmp_path):
+    stranger = tmp_path / "thesis"
+    stranger.mkdir()
+    (stranger / "chapter.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="not a run folder"):
+        simulation.clear(compose(words(images, stranger)))
+    assert (stranger / "chapter.txt").exists()
+    run = tmp_path / "run"
+    (run / "rounds").mkdir(parents=True)
+    (run / "cache").mkdir()
+    for name in ("config.yaml", "notes.txt"):
+        (run / name).write_text("x")
+    simulation.clear(compose(words(images, run)))
+    assert sorted(p.name for p in run.iterdir()) == ["cache", "notes.txt"]
+
+
+# ---- who is left out
+
+
+def test_small_and_unreadable_sites_are_named_and_the_run_goes_on(tmp_path):
+    sites = {"empty": 4, "fine": 6, "good": 5, "tiny": 1}
+    index = write_images(tmp_path / "images", sites, broken=("empty",))
+    told = words(index, tmp_path / "out", "federation.sites=4", "federation.rounds=1")
+    serve(partitions(4), told)
+    found = rows(tmp_path / "out")
+    assert found[-1]["contributors"] == ["fine", "good"]
+    assert found[-1]["refused"] == {"empty": "site_empty", "tiny": "site_too_small"}
+    assert {r["site"]: r["status"] for r in found[:-1]} == {
+        "empty": "refused",
+        "fine": "ok",
+        "good": "ok",
+        "tiny": "refused",
+    }
+    log = (tmp_path / "out" / "sites" / "tiny" / "client.log").read_text()
+    assert "TooFewImagesError" in log
+    assert "data.min_images=2" in log
+
+
+def test_a_run_below_its_quorum_fails_and_says_why(images, tmp_path):
+    told = words(images, tmp_path / "out", "data.min_images=7")
+    with pytest.raises(QuorumError, match=r"round 1: 1 valid .*'b': 'site_too_small', 'c': 'site_too_small'"):
+        serve(partitions(3), told)
+    assert checkpoint.latest(tmp_path / "out") == 0
+
+
+def test_a_silent_site_is_named(images, tmp_path):
+    told = words(images, tmp_path / "out", "federation.round_timeout=1", "federation.rounds=1")
+    serve(partitions(3), told, mute=(1,))
+    found = rows(tmp_path / "out")
+    assert found[-1]["silent"] == ["b"]
+    assert found[-1]["contributors"] == ["a", "c"]
+    assert [r["status"] for r in found[:-1]] == ["ok", "silent", "ok"]
+
+
+def test_liars_are_named_and_do_not_touch_the_weights(tmp_path, monkeypatch):
+    lies = ["", "", "nan", "short", "torn", "weight", "raise"]
+    monkeypatch.setenv("SPARSECONTRAST_TEST_LIES", ",".join(lies))
+    n = len(lies)
+    index = write_images(tmp_path / "images", {f"s{i}": 4 for i in range(n)})
+    told = words(index, tmp_path / "out", f"federation.sites={n}", "federation.rounds=1")
+    serve(partitions(n), told, apps.liars)
+    found = rows(tmp_path / "out")
+    assert found[-1]["contributors"] == ["s0", "s1"]
+    assert found[-1]["refused"] == {
+        "s2": "payload_nonfinite",
+        "s3": "payload_size",
+        "s4": "payload_size",
+        "s5": "payload_weight",
+        "s6": "flower_1",
+    }
+    assert "DOE" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+    # the two honest sites alone give the same weights
+    serve(partitions(2), words(index, tmp_path / "alone", "federation.sites=2", "federation.rounds=1"))
+    one, two = (checkpoint.round_file(tmp_path / name, 1).read_bytes() for name in ("out", "alone"))
+    assert one == two
+
+
+def test_a_worker_that_dies_in_training_costs_its_site_the_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSECONTRAST_TEST_LIES", ",die,")
+    index = write_images(tmp_path / "images", {"a": 4, "b": 4, "c": 4})
+    told = words(index, tmp_path / "out")
+    with LocalGrid(partitions(3), 2, "tests.apps:liars") as grid:
+        simulation._serve(grid, nullcontext, told)
+    found = [r for r in rows(tmp_path / "out") if r["site"] is None]
+    assert [r["contributors"] for r in found] == [["a", "c"]] * 2
+    assert [r["refused"] for r in found] == [{"b": "flower_1"}] * 2
+
+
+def site_file(folder, name, index, *more):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "site.yaml"
+    told = {"name": name, "state_dir": str(folder / "state"), "overrides": [f"data.index={index}", *more]}
+    path.write_text(yaml.safe_dump({**told, "overrides": [*told["overrides"], "data.min_images=2"]}))
+    return {"site-config": str(path)}
+
+
+def test_real_sites_own_their_data_and_a_foreign_backbone_is_excluded_by_name(tmp_path):
+    """Two fit, one has another backbone; what the server says about data is not heard."""
+    nodes = [
+        site_file(tmp_path / name, name, write_images(tmp_path / name / "images", {"x": 4, "y": 3}), *more)
+        for name, more in {"north": [], "south": [], "odd": ["backbone.depth=2"]}.items()
+    ]
+    told = words(tmp_path / "not-there.csv", tmp_path / "out", "federation.rounds=1", "data.root=/etc")
+    serve(nodes, told)
+    found = rows(tmp_path / "out")
+    assert found[-1]["contributors"] == ["north", "south"]
+    assert [r["num_examples"] for r in found[:-1]] == [7, 7]
+    assert list((tmp_path / "north" / "state" / "state").glob("*/round_0001.safetensors"))
+    assert not (tmp_path / "out" / "sites").exists()
+
+
+def test_nobody_with_the_servers_backbone_is_a_clear_error(tmp_path):
+    index = write_images(tmp_path / "images", {"x": 4})
+    nodes = [site_file(tmp_path / n, n, index, "backbone.depth=2") for n in ("a", "b", "c")]
+    with pytest.raises(FederationError, match="3 x backbone_mismatch"):
+        serve(nodes, words(index, tmp_path / "out"))
+
+
+def test_two_nodes_of_one_name_are_both_left_out(tmp_path):
+    index = write_images(tmp_path / "images", {"x": 4})
+    nodes = [site_file(tmp_path / str(i), name, index) for i, name in enumerate(["one", "one", "two"])]
+    told = words(index, tmp_path / "out", "federation.connect_timeout=3")
+    with pytest.raises(FederationError, match="1 usable .*duplicate_name"):
+        serve(nodes, told)
+
+
+def test_fewer_sites_in_the_data_than_wanted_names_both(images, tmp_path):
+    told = words(images, tmp_path / "out", "federation.sites=5")
+    with pytest.raises(FederationError, match="2 x config") as caught:
+        serve(partitions(5), [*told, "federation.min_sites=4"])
+    assert "3 usable site" in str(caught.value)
+    log = "".join(p.read_text() for p in (tmp_path / "out" / "sites").glob("*/client.log"))
+    assert "the data hold 3 site(s): a, b, c" in log
+    assert "federation.sites=5" in log
+
+
+def test_few_nodes_serve_all_sites_with_the_same_result(finished, images, tmp_path):
+    """`flwr run` without a federation config has two SuperNodes: three hospitals still train."""
+    serve(partitions(2), words(images, tmp_path / "out"))
+    assert rows(tmp_path / "out")[-1]["contributors"] == ["a", "b", "c"]
+    one, two = (checkpoint.round_file(f, 2).read_bytes() for f in (finished, tmp_path / "out"))
+    assert one == two
+
+
+def test_more_nodes_than_sites_idle(finished, images, tmp_path):
+    serve(partitions(5), words(images, tmp_path / "out"))
+    assert rows(tmp_path / "out")[-1]["contributors"] == ["a", "b", "c"]
+    one, two = (checkpoint.round_file(f, 2).read_bytes() for f in (finished, tmp_path / "out"))
+    assert one == two
+
+
+def test_a_cut_that_is_missing_is_asked_for(images, tmp_path):
+    told = [*words(images, tmp_path / "out"), "federation.partition=dirichlet"]
+    told = overrides.without(told, ["data.index"])
+    with pytest.raises(ConfigError, match=r"simulation.partition .* data.index=FILE"):
+        serve(partitions(3), told)
+
+
+def test_a_full_disk_ends_the_run_with_a_storage_error(images, tmp_path, monkeypatch):
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith("rounds/round_0001.safetensors"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match="No space left"):
+        serve(partitions(3), words(images, tmp_path / "out"))
+    assert checkpoint.latest(tmp_path / "out") == 0
+    assert rows(tmp_path / "out") == []
+
+
+def test_a_full_disk_at_one_site_costs_that_site_the_round(images, tmp_path, monkeypatch):
+    real = os.replace
+
+    def full(source, target):
+        if "sites/b/state" in str(target):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    serve(partitions(3), words(images, tmp_path / "out", "federation.rounds=1"))
+    assert rows(tmp_path / "out")[-1]["refused"] == {"b": "storage"}
+    assert "No space left" in (tmp_path / "out" / "sites" / "b" / "client.log").read_text()
+
+
+# ---- who takes part
+
+
+def test_participants_depend_on_seed_round_and_names_alone():
+    from server.rounds import participants
+
+    names = [f"s{i:02d}" for i in range(10)]
+    config = compose(["federation.fraction=0.3", "federation.min_sites=2"]).federation
+    drawn = [participants(names, config, 7, n) for n in range(1, 40)]
+    assert all(len(d) == 3 and d == sorted(d) for d in drawn)
+    assert drawn == [participants(names[::-1], config, 7, n) for n in range(1, 40)]
+    assert drawn != [participants(names, config, 8, n) for n in range(1, 40)]
+    assert {name for d in drawn for name in d} == set(names)
+    assert len(participants(names[:3], config, 7, 1)) == 2  # never fewer than the quorum
+    assert participants(names, compose().federation, 7, 1) == names
+
+
+def test_partial_participation_trains_a_part_each_round(images, tmp_path):
+    told = words(images, tmp_path / "out", "federation.fraction=0.4", "federation.rounds=4")
+    serve(partitions(3), told)
+    found = rows(tmp_path / "out")
+    parts = [r["contributors"] for r in found if r["site"] is None]
+    assert all(len(part) == 2 for part in parts)
+    assert len(set(map(tuple, parts))) > 1
+    # a site that pauses continues from the round it last trained in
+    last: dict[str, int] = {}
+    for row in (r for r in found if r["site"]):
+        assert row["state_round"] == last.get(row["site"], 0)
+        last[row["site"]] = row["round"]
