@@ -56,7 +56,10 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has no edge to fold at
+    console.print(table)
 
 
 def machine() -> dict[str, Any]:
