@@ -242,11 +242,12 @@ def gastric_box(anatomy: Anatomy) -> Box:
 def mediastinum(anatomy: Anatomy, at: Points, ctr: float) -> Array:
     """Return the share of the lung's depth that heart and great vessels fill, in [0, 1]."""
     u, v = at.u, at.v
-    filled = (at.across * np.float32(1 / 0.060)) ** 2
+    taper = np.float32(0.050) + np.float32(0.022) * ramp(v - np.float32(anatomy.hilum - 0.02), 0.30)
+    filled = (at.across / taper) ** 2
     ellipses = (  # centre u, v and half-axes: aortic arch, pulmonary trunk, superior vena cava
         (0.028, anatomy.hilum - 0.105, anatomy.knob - 0.018, (anatomy.knob - 0.018) / 0.85),
-        (0.035, anatomy.hilum + 0.010, 0.042, 0.075),
-        (-0.028, anatomy.hilum - 0.060, 0.034, 0.180),
+        (0.034, anatomy.hilum + 0.020, 0.050, 0.110),
+        (-0.028, anatomy.hilum - 0.030, 0.038, 0.200),
     )
     for u0, v0, wide, tall in ellipses:
         ring = ((u - np.float32(u0)) * np.float32(1 / wide)) ** 2

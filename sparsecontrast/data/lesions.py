@@ -78,7 +78,7 @@ def draw_lesions(
         retraction, contrast = rng.uniform(0.03, 0.11), rng.uniform(0.5, 1.2)
         lesions.append(Lesion("pneumothorax", pleura, 0, 0, retraction, contrast, shape))
     if present["cardiomegaly"]:
-        lesions.append(Lesion("cardiomegaly", 1.0, 0, 0, rng.uniform(0.56, 0.70), 1.0, 0))
+        lesions.append(Lesion("cardiomegaly", 1.0, 0, 0, rng.uniform(0.55, 0.65), 1.0, 0))
     counts = {"nodule": int(rng.choice([1, 1, 1, 2, 3])), "mass": 1, "consolidation": 1}
     kinds = [kind for kind, count in counts.items() if present[kind] for _ in range(count)]
     return tuple([*(_focal(rng, anatomy, kind, lesions) for kind in kinds), *lesions])

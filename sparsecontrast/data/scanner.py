@@ -80,7 +80,7 @@ def draw_scanner(seed: int, site: int) -> Scanner:
         marker_height=rng.uniform(0.035, 0.065),
         marker_shade=rng.uniform(0.75, 1.0),
         ap_share=float(rng.beta(0.7, 1.3)),
-        ap_magnify=rng.uniform(1.10, 1.20),
+        ap_magnify=rng.uniform(1.08, 1.16),
         ap_scapula=rng.uniform(0.035, 0.075),
     )
 

@@ -104,13 +104,13 @@ def humeri_boxes(anatomy: Anatomy) -> tuple[Box, Box]:
 def spine(anatomy: Anatomy, at: Points) -> Array:
     """Return vertebral bodies, discs and pedicles, seen faintly through the mediastinum."""
     x = at.across
-    inside = ramp(np.float32(SPINE_HALF) - x, 0.006)
+    inside = ramp(np.float32(SPINE_HALF) - x, 0.022)
     beat = np.cos((at.v - np.float32(anatomy.rib_first)) * np.float32(2 * np.pi / (0.86 * anatomy.rib_pitch)))
     edge = np.maximum(1 - np.abs(x - np.float32(0.031)) * np.float32(1 / 0.006), 0)
     pedicle = np.maximum(1 - np.abs(x - np.float32(0.022)) * np.float32(1 / 0.007), 0)
     process = np.maximum(1 - x * np.float32(1 / 0.006), 0)
-    profile = np.float32(0.16) + np.float32(0.09) * np.clip(beat * np.float32(2.5) + np.float32(1.2), -1, 1)
-    profile += np.float32(0.12) * edge
+    profile = np.float32(0.12) + np.float32(0.08) * np.clip(beat * np.float32(2.5) + np.float32(1.2), -1, 1)
+    profile += np.float32(0.10) * edge
     profile += np.maximum(beat, 0) * (np.float32(0.22) * pedicle + np.float32(0.18) * process)
     return np.float32(anatomy.bone) * inside * profile
 
