@@ -45,7 +45,11 @@ class Method(Protocol):
     """
 
     per_sample: bool
-    backbone: nn.Module
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network that is pretrained; its tensors may leave a site."""
+        ...
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each row, [B]."""

@@ -1,0 +1,178 @@
+"""``sparsecontrast`` index | pretrain | evaluate | report | phantom.
+
+Heavy imports happen inside the commands, so that ``--help`` answers at once. Every error a user can
+cause ends as one line on stderr and exit status 2.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsecontrast.errors import SparseContrastError, StorageError
+
+OVERRIDES = "Hydra overrides of configs/, such as data=phantom seed=1"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    # overrides may also stand after an option, where argparse no longer expects them
+    if more and (not hasattr(options, "overrides") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        options.overrides = [*options.overrides, *more]
+    try:
+        options.run(options)
+    except SparseContrastError as error:
+        print(f"error [{error.code}]: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a table went away
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _index(options: argparse.Namespace) -> None:
+    from sparsecontrast.config import anchored, compose
+    from sparsecontrast.data.cache import load_rows
+    from sparsecontrast.data.index import write_index, write_table
+
+    config = compose(options.overrides)
+    # where the key of the pseudonyms lies: the site's own folder, or that of the run to come
+    state = anchored(config.site.state_dir or Path(config.output_dir) / "state")
+    frame, quarantine = load_rows(config.data, state, progress=True)
+    write_index(frame, options.out / "index.csv")
+    write_table(quarantine, options.out / "quarantine.csv")
+    counts = frame.groupby(["site", "split"]).size().unstack(fill_value=0)
+    rows = [
+        [str(site), *(str(row.get(s, 0)) for s in ("train", "val", "test"))]
+        for site, row in counts.iterrows()
+    ]
+    patients = frame.groupby("site")["patient_id"].nunique()
+    _table(["site", "train", "val", "test", "patients"], [[*r, str(patients[r[0]])] for r in rows])
+    reasons = Counter(zip(quarantine["stage"], quarantine["reason"], strict=True)).most_common()
+    if reasons:
+        _table(["stage", "reason", "files left out"], [[s, r, str(n)] for (s, r), n in reasons])
+    print(f"{len(frame)} images, {len(quarantine)} files left out: {options.out / 'index.csv'}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from sparsecontrast.config import compose
+    from sparsecontrast.pretrain import pretrain
+
+    config = compose(options.overrides)
+    folder = pretrain(config)
+    if config.tensorboard:
+        from sparsecontrast.tensorboard import write_tensorboard
+
+        write_tensorboard(folder)
+    print(f"run folder: {folder}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sparsecontrast.evaluation import evaluate_run
+    from sparsecontrast.findings import print_results
+
+    result = evaluate_run(options.run_dir, options.overrides, against=options.against)
+    print_results(result)
+    print(f"all rows: {Path(options.run_dir) / 'evaluation.json'}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sparsecontrast.report import write_report
+
+    print(write_report(options.run_dir, options.overrides))
+
+
+def _phantom(options: argparse.Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from sparsecontrast.data.phantom import render
+
+    rows = [
+        np.concatenate(
+            [render(options.seed, s, p, 0, options.size).image for p in range(options.patients)], 1
+        )
+        for s in range(options.sites)
+    ]
+    sheet = (np.concatenate(rows, 0) * 255).round().astype(np.uint8)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet).save(options.out)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{options.out}: cannot be written: {error}") from error
+    print(f"{options.out}: one row a hospital, one column a patient")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for i, cell in enumerate(head):
+        table.add_column(cell, justify="right" if i and rows and rows[0][i].isdigit() else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparsecontrast",
+        description="Federated sparse contrastive pretraining of chest X-ray backbones.",
+        epilog="A federation is run by `python -m simulation` on one machine and by `flwr run` on many.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    index = _command(commands, "index", _index, "list the images of a data set, with pseudonyms and splits")
+    index.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+    index.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for index.csv and quarantine.csv"
+    )
+
+    pretrain = _command(commands, "pretrain", _pretrain, "train at one place, without a federation")
+    pretrain.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "score the frozen features of a run")
+    _run_folder(evaluate)
+    evaluate.add_argument(
+        "--against",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="RUN",
+        help="score this run beside it; may be repeated",
+    )
+
+    _run_folder(_command(commands, "report", _report, "write report.html of a run"))
+
+    phantom = _command(commands, "phantom", _phantom, "draw a contact sheet of procedural radiographs")
+    phantom.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    for name, default in (("sites", 5), ("patients", 8), ("size", 224), ("seed", 0)):
+        phantom.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    command.set_defaults(run=run)
+    return command
+
+
+def _run_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output_dir of a run")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="on top of the run's own")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

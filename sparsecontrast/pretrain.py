@@ -1,0 +1,134 @@
+"""Pretraining without a federation: one trainer, one run folder, the same files as a federated run.
+
+``site.name=NAME`` trains on the images of one site; without it on those of all sites together.
+"""
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from sparsecontrast import checkpoint
+from sparsecontrast.config import Config, anchored, as_dict
+from sparsecontrast.data.cache import load_dataset
+from sparsecontrast.errors import CheckpointError, ConfigError, TooFewImagesError
+from sparsecontrast.methods import build_method
+from sparsecontrast.progress import progress
+from sparsecontrast.runs import CONFIG, METRICS, STATE, read_config
+from sparsecontrast.trainer import LocalTrainer, TrainResult
+
+TOGETHER = "all_sites"  # the name of a trainer that sees every site
+
+
+def pretrain(config: Config, show: bool = True) -> Path:
+    """Train ``federation.rounds`` rounds and return the run folder; ``resume=FOLDER`` continues one.
+
+    Args:
+        config: of the run; a continued run takes its own again, whatever else is said.
+        show: progress on stderr.
+
+    Raises:
+        ConfigError: ``output_dir`` already holds a run.
+        TooFewImagesError: fewer training images than ``data.min_images``.
+        CheckpointError: nothing whole to continue from.
+    """
+    folder = anchored(config.resume or config.output_dir)
+    resumed = config.resume is not None
+    config = dataclasses.replace(
+        read_config(folder) if resumed else config, output_dir=str(folder), resume=None
+    )
+    if not resumed and checkpoint.has_rounds(folder):
+        raise ConfigError(f"{folder} already holds rounds: resume={folder}, or choose another output_dir")
+    images, patients = _training_images(config, folder, show)
+    trainer = LocalTrainer(build_method(config), config, config.site.name or TOGETHER)
+    record = _Record(folder, trainer)
+    done = record.restore() if resumed else record.start()
+    rounds = config.federation.rounds
+    with progress("Pretraining", rounds - done, show) as tick:
+        for number in range(done + 1, rounds + 1):
+            result = trainer.run(images, patients, number, rounds)
+            record.add(number, result, len(images))
+            tick(f"round {number}, loss {result.metrics['loss']:.4f}")
+    return folder
+
+
+def _training_images(config: Config, folder: Path, show: bool) -> tuple[np.ndarray, np.ndarray]:
+    cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
+    dataset = load_dataset(config, cache, folder / STATE, progress=show)
+    own = (dataset.site(config.site.name) if config.site.name else dataset).split("train")
+    if len(own) < config.data.min_images:
+        name, least = config.site.name or "the data", config.data.min_images
+        raise TooFewImagesError(f"{name}: {len(own)} training images, data.min_images={least}")
+    return own.images, own.patient_codes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """The files of a run; a round counts once its checkpoint is whole, as in a federation."""
+
+    folder: Path
+    trainer: LocalTrainer
+
+    def start(self) -> int:
+        """Write the configuration and round 0; returns 0."""
+        config = self.trainer.config
+        text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
+        checkpoint.write_bytes(self.folder / CONFIG, text.encode())
+        checkpoint.write_bytes(self.folder / METRICS, b"")
+        self._keep(0, [], secrets.token_hex(16), None)
+        return 0
+
+    def restore(self) -> int:
+        """Restore weights and local state of the newest whole round; returns its number."""
+        number = checkpoint.latest(self.folder)
+        if number is None:
+            raise CheckpointError(f"{self.folder}: no whole round to continue from; start anew elsewhere")
+        found = checkpoint.read_round(self.folder, number)
+        self.trainer.module.load_state_dict(found.tensors, strict=False)
+        if number:
+            self.trainer.load(self._state(number))
+        rows = [r for n in range(1, number + 1) for r in checkpoint.read_meta(self.folder, n)["rows"]]
+        checkpoint.write_bytes(self.folder / METRICS, _lines(rows).encode())
+        return number
+
+    def add(self, number: int, result: TrainResult, examples: int) -> None:
+        """Write a round: first what continuing needs, then the round, then what may be lost."""
+        name, loss = self.trainer.site, result.metrics["loss"]
+        site = {
+            "round": number, "site": name, "status": "ok", "weight": 1.0, "num_examples": examples,
+            "steps": result.steps, "images": result.images, "seconds": result.seconds, **result.metrics,
+        }  # fmt: skip
+        whole = {
+            "round": number, "site": None, "rounds": self.trainer.config.federation.rounds, "loss": loss,
+            "seconds": result.seconds, "contributors": [name], "refused": {}, "silent": [],
+        }  # fmt: skip
+        before = checkpoint.read_meta(self.folder, number - 1)
+        self.trainer.save(self._state(number))
+        self._keep(number, [site, whole], before["run_key"], checkpoint.weights_sha256(before))
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(_lines([site, whole]))
+        self._state(number - 1).unlink(missing_ok=True)
+
+    def _keep(self, number: int, rows: list[Mapping[str, Any]], key: str, parent: str | None) -> None:
+        state, config = self.trainer.module.state_dict(), self.trainer.config
+        tensors = {n: state[n].detach().cpu().float() for n in self.trainer.method.shared_parameters()}
+        meta = {
+            "rows": rows,
+            "run_key": key,
+            "seed": config.seed,
+            "parent": parent,
+            "config": as_dict(config),
+        }
+        checkpoint.write_round(self.folder, number, tensors, meta)
+
+    def _state(self, number: int) -> Path:
+        return self.folder / "sites" / self.trainer.site / "state" / f"round_{number:04d}.safetensors"
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
