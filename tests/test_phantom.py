@@ -33,10 +33,10 @@ from sparsecontrast.errors import ConfigError, DataError
 SIZE = 128
 
 
-def first_with(kind, count, seed=0):
+def first_with(kind, count):
     """The first patients, hospital by hospital, who have a lesion of this kind."""
     everyone = ((site, site * PATIENTS_PER_HOSPITAL + number) for number in range(40) for site in range(10))
-    return list(islice((who for who in everyone if describe(seed, *who, 0).labels[kind]), count))
+    return list(islice((who for who in everyone if describe(0, *who, 0).labels[kind]), count))
 
 
 def pixels_in(boxes, size):
@@ -127,7 +127,7 @@ def test_the_trace_of_a_lesion_lies_in_its_boxes(kind):
 
 @pytest.mark.parametrize("kind", ["nodule", "mass", "consolidation", "effusion", "pneumothorax"])
 def test_boxes_are_tight(kind):
-    """No side can be pulled in by a fifth of the box without cutting off visible lesion."""
+    """No side is off by more than a tenth of the box, blur aside."""
     for site, patient in first_with(kind, 5):
         whole = render(0, site, patient, 0, 224)
         own = [box for box in whole.boxes if box["label"] == kind]
@@ -136,7 +136,7 @@ def test_boxes_are_tight(kind):
         trace = np.abs(whole.image - render(0, site, patient, 0, 224, without=(kind,)).image)
         rows, columns = np.nonzero(trace > 0.12 * trace.max())
         box = own[0]
-        slack = 0.2 * min(box["w"], box["h"]) + 1.5
+        slack = 0.1 * min(box["w"], box["h"]) + 1.5
         found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
         stated = np.array([box["x"], box["y"], box["x"] + box["w"], box["y"] + box["h"]])
         assert np.abs(found - stated).max() <= slack

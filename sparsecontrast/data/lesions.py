@@ -153,7 +153,7 @@ def added(lesion: Lesion, anatomy: Anatomy, here: Chest) -> Array:
     return np.zeros_like(here.u)
 
 
-def _ball(lesion: Lesion, here: Chest) -> Array:
+def _ball(lesion: Lesion, here: Points) -> Array:
     """Return the chord of a lobulated ball, softened at the rim; 1 at the centre."""
     rng = np.random.Generator(np.random.PCG64(lesion.shape))
     du, dv = here.u - np.float32(lesion.u), here.v - np.float32(lesion.v)
@@ -220,11 +220,13 @@ def visible_points(lesion: Lesion, anatomy: Anatomy, magnify: float, ctr: float 
     steps = np.linspace(half, 1 - half, _PROBES, dtype=np.float32)
     u, v = np.meshgrid(left + (right - left) * steps, top + (bottom - top) * steps)
     at = points(anatomy, u, v)
-    here = chest(anatomy, at, body(anatomy, at), magnify, ctr)
-    if lesion.kind == "cardiomegaly":
+    if lesion.kind in ("nodule", "mass"):
+        strength = _ball(lesion, at)
+    elif lesion.kind == "cardiomegaly":
+        here = chest(anatomy, at, body(anatomy, at), magnify, ctr)
         strength = heart(anatomy, at, lesion.extent * magnify) * (here.lung > 0)
     else:
-        strength = np.abs(added(lesion, anatomy, here))
+        strength = np.abs(added(lesion, anatomy, chest(anatomy, at, body(anatomy, at), magnify, ctr)))
     seen = strength > VISIBLE * strength.max()
     cell = np.array([right - left, bottom - top], np.float32) * half
     found = (

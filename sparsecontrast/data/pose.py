@@ -1,5 +1,6 @@
 """How a patient stood before the detector: the map between body frame and film, drawn per image."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,11 +69,12 @@ def pixel_window(
     left, top, right, bottom = box
     if left >= right:
         return slice(0, 0), slice(0, 0)
-    corners = np.array([[left, top], [right, top], [left, bottom], [right, bottom]], np.float32)
-    spans = []
-    for ends, start in zip(
-        pose.to_image(corners[:, 0], corners[:, 1]), (within[1].start, within[0].start), strict=True
-    ):
-        first, last = size * (float(ends.min()) - _SPARE), size * (float(ends.max()) + _SPARE)
-        spans.append(slice(max(0, int(first) - start), max(0, int(last) + 1 - start)))
+    cos, sin = pose.scale * math.cos(pose.turn), pose.scale * math.sin(pose.turn)
+    u, v, wide, tall = (left + right) / 2, (top + bottom) / 2 - 0.5, (right - left) / 2, (bottom - top) / 2
+    middles = (cos * u - sin * v + 0.5 + pose.shift[0], sin * u + cos * v + 0.5 + pose.shift[1])
+    reaches = (cos * wide + abs(sin) * tall + _SPARE, cos * tall + abs(sin) * wide + _SPARE)
+    spans = [
+        slice(max(0, int(size * (middle - reach)) - start), max(0, int(size * (middle + reach)) + 1 - start))
+        for middle, reach, start in zip(middles, reaches, (within[1].start, within[0].start), strict=True)
+    ]
     return spans[1], spans[0]

@@ -1,6 +1,7 @@
 """Vessels that branch from the hila into the lungs, drawn as soft dots along their lines."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class Dots(NamedTuple):
     weight: Array
 
 
+@lru_cache(maxsize=4)  # films of one patient follow each other
 def vessel_tree(anatomy: Anatomy, spacing: float) -> Dots:
     """Grow both trees of a patient: nine stems a side in a fan, each forking at every level.
 
