@@ -80,9 +80,6 @@ def make_table(frame: "pd.DataFrame", sites: Sequence[str] | None = None) -> Tab
     patients = frame["patient_id"].to_numpy(dtype=str)
     splits = frame["split"].to_numpy(dtype=str)
     _refuse_leaks(patients, splits)
-    # pseudonyms depend on a site's key; numbered by their first row, patients do not, nor do draws of them
-    known: dict[str, int] = {}
-    patients = np.array([f"p{known.setdefault(p, len(known))}" for p in patients.tolist()])
     source = frame["source_site"] if "source_site" in frame.columns else frame["site"]
     return Table(
         patients=_anonymous(patients),
