@@ -111,14 +111,13 @@ def _answer(
     try:
         config = message.content.config_records["config"]
         overrides = str(config["overrides"])
-        folder = log_folder(context.node_config, overrides)
         sites = _addressed(resolve(context.node_config, overrides), config)
         if len(sites) == 1:
             name, folder = sites[0].name, sites[0].state_dir
         content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
         code = error.code if isinstance(error, SparseContrastError) else "internal"
-        if folder is not None:
+        if (folder := folder or log_folder(context.node_config, overrides)) is not None:
             _note(folder, f"{code}\n{traceback.format_exc()}")
         status: dict[str, Any] = {"status": "error", "code": code, "site": name}
         content = RecordDict({"status": ConfigRecord(status)})

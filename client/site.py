@@ -12,6 +12,7 @@ rank from the configured data.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 OWN = ("data", "privacy", "site", "output_dir", "resume")  # the server's word on these is not heard
 PINNED = ("data", "privacy", "backbone")  # what a site's file may set
 _NAME = re.compile(r"(?!\.)[^\x00-\x1f/\\]{1,64}")
-_datasets: dict[str, "Dataset"] = {}  # one entry: a simulated worker serves many sites of one data set
+# A worker serves many sites and rounds of one run: what they share is made once, one entry each.
+_datasets: dict[str, "Dataset"] = {}
+_names: dict[str, list[str]] = {}
+_composed = functools.lru_cache(maxsize=4)(compose)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def resolve(node_config: Mapping[str, Any], overrides: str) -> list[Site]:
             "node config: start the SuperNode with --node-config 'site-config=\"/abs/site.yaml\"'"
         )
     partition, nodes = int(node_config["partition-id"]), int(node_config.get("num-partitions", 1))
-    return _simulated_sites(partition, nodes, compose(overrides))
+    return _simulated_sites(partition, nodes, _composed(overrides))
 
 
 def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
@@ -99,7 +103,7 @@ def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
     if "site-config" in node_config:
         return Path(str(node_config["site-config"])).parent
     try:
-        return site_state_dir(compose(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
+        return site_state_dir(_composed(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
     except ConfigError:
         return None
 
@@ -166,8 +170,13 @@ def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
 def _site_names(config: Config) -> list[str]:
     from sparsecontrast.data.cache import load_rows
 
-    frame, _ = load_rows(config.data, _shared_state(config), progress=False)
-    return sorted(set(frame["site"].astype(str)))
+    state_dir = _shared_state(config)
+    key = repr((config.data, str(state_dir)))
+    if key not in _names:
+        frame, _ = load_rows(config.data, state_dir, progress=False)
+        _names.clear()
+        _names[key] = sorted(set(frame["site"].astype(str)))
+    return _names[key]
 
 
 def _dataset(site: Site) -> "Dataset":

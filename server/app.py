@@ -45,6 +45,7 @@ def run(grid: Grid, words: list[str]) -> None:
     from sparsecontrast.errors import BackboneMismatchError, ConfigError
     from sparsecontrast.methods import build_method
     from sparsecontrast.overrides import join
+    from sparsecontrast.tensorboard import write_tensorboard
 
     config, words = resolve(words)
     if config.federation.partition != "by_site" and config.data.index is None:
@@ -58,6 +59,8 @@ def run(grid: Grid, words: list[str]) -> None:
     weights, strategy = initial_weights(method, names), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     folder = open_folder(config, words)
+    if config.tensorboard:
+        write_tensorboard(folder.path)  # empty, but it says now if TensorBoard is missing
     if folder.done is not None:
         last = checkpoint.read_round(folder.path, folder.done)
         if {n: tuple(t.shape) for n, t in last.tensors.items()} != shapes:

@@ -67,6 +67,7 @@ def ask(
                 pending[message_id] = name
     unsent = set(letters) - set(pending.values())
     pause, most = POLL_SECONDS
+    sleep = getattr(grid, "idle", time.sleep)  # a local grid feeds its workers meanwhile
     while pending and time.monotonic() - started < timeout:
         arrived = [m for m in grid.pull_messages(list(pending)) if m.metadata.reply_to_message_id in pending]
         for message in arrived:
@@ -78,7 +79,7 @@ def ask(
                 answers.replies[name] = message.content
         pause = POLL_SECONDS[0] if arrived else min(2 * pause, most)
         if pending:
-            time.sleep(pause)
+            sleep(pause)
     answers.silent.extend(sorted(unsent | set(pending.values())))
     return answers
 

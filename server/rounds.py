@@ -24,6 +24,7 @@ from server.verification import Expectation, RefusedError, read_reply, records_o
 from sparsecontrast import checkpoint, payload
 from sparsecontrast.config import FederationConfig, as_dict
 from sparsecontrast.errors import PayloadError, QuorumError
+from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import derive_seed
 
 
@@ -105,6 +106,8 @@ class Rounds:
         rows = [*outcome.rows, row]
         self._keep(number, {k: row[k] for k in ("contributors", "refused", "silent")} | {"rows": rows})
         self.folder.add_metrics(rows)
+        if self.folder.config.tensorboard:
+            write_tensorboard(self.folder.path)
         say(_line(row, self.config.rounds))
 
     def _exchange(self, number: int) -> Outcome:

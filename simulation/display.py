@@ -39,15 +39,25 @@ class _Bar:
             self.progress.advance(self.answers)
 
 
+class _AboveTheBar(logging.Handler):
+    """Print records on the console of a live bar, which makes room for them."""
+
+    def __init__(self, console: Any):
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self.console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _lines(bar: _Bar | None) -> Iterator[None]:
     """Let Flower's logger write plain lines, above the bar where there is one."""
     logger = logging.getLogger(FLOWER)
     handler: logging.Handler = logging.StreamHandler(sys.stdout)
     if bar is not None:
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=bar.progress.console, show_path=False, show_time=False, markup=False)
+        handler = _AboveTheBar(bar.progress.console)
         bar.progress.start()
     handler.setLevel(logging.INFO)
     # an error ends the run and is said once, at the end

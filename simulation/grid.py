@@ -129,15 +129,20 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are here; waits a moment for a first one."""
+        """Return the replies that are here."""
+        self._pump(0.0)
         wanted = set(message_ids)
-        self._pump(0.0 if wanted & set(self._replies) else 0.2)
         return [self._replies.pop(i) for i in wanted & set(self._replies)]
+
+    def idle(self, seconds: float) -> None:
+        """Keep the workers fed while the server has nothing to do, at most for ``seconds``."""
+        self._pump(seconds)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push messages and wait for the replies, at most ``timeout`` seconds."""
         pending, replies, started = set(self.push_messages(messages)), [], time.monotonic()
         while pending and (timeout is None or time.monotonic() - started < timeout):
+            self.idle(0.2)
             arrived = list(self.pull_messages(pending))
             replies += arrived
             pending -= {message.metadata.reply_to_message_id for message in arrived}

@@ -1,8 +1,6 @@
 """``python -m simulation``: a whole federation on one machine, from the data to the report."""
 
 import argparse
-import importlib
-import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -11,11 +9,11 @@ from typing import Any
 
 from sparsecontrast import overrides
 from sparsecontrast.config import Config, anchored, compose
-from sparsecontrast.errors import ConfigError, SparseContrastError
+from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
+from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, STATE
 
 RUN_FILES = (
-    "config.yaml", "metrics.jsonl", "partition.csv", "partition.png", "partition.json", "quarantine.csv",
-    "evaluation.json", "report.html", "rounds", "sites", "tensorboard",
+    CONFIG, METRICS, PARTITION, QUARANTINE, EVALUATION, "report.html", "rounds", "sites", "tensorboard",
 )  # fmt: skip
 
 
@@ -25,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options.overrides, options.fresh, not options.no_evaluation)
     except SparseContrastError as error:
-        print(f"error [{error.code}]: {error}", file=sys.stderr)
+        print(f"error [{error.code}]: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; continue with resume=<the run folder>", file=sys.stderr)
@@ -85,27 +83,45 @@ def clear(config: Config) -> None:
 def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
     """Write ``partition.csv``, fill the cache, and return the overrides that point to the partition."""
     from server.folder import refuse_old_rounds
-    from sparsecontrast.data.cache import load_dataset, load_rows
-    from sparsecontrast.data.index import write_index
+    from sparsecontrast.data.cache import load_dataset
 
     refuse_old_rounds(config)
-    cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
-    state, table = folder / "state", folder / "partition.csv"
-    if config.federation.partition != "by_site" and config.data.index is None:
-        partition = importlib.import_module("simulation.partition").partition
-        frame, _ = load_rows(config.data, state)
-        write_index(partition(frame, config.federation, config.seed), table)
-        words = overrides.merge(words, [overrides.assign("data.index", table)])
+    cut = config.federation.partition != "by_site" and config.data.index is None
+    if not (folder / PARTITION).exists():
+        _cut(config, folder)
+    if cut:
+        words = overrides.merge(words, [overrides.assign("data.index", folder / PARTITION)])
         config = compose(words)
-    elif not table.exists():
-        write_index(load_rows(config.data, state)[0], table)
-    dataset = load_dataset(config, cache, state)
-    quarantine = state / "quarantine.csv"
-    if quarantine.exists():
-        shutil.copyfile(quarantine, folder / "quarantine.csv")
-    sites = dataset.frame["site"].nunique()
-    print(f"{len(dataset)} images, {sites} sites, {len(dataset.quarantine)} quarantined", flush=True)
+    cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
+    load_dataset(config, cache, folder / STATE)
+    shutil.copyfile(folder / STATE / QUARANTINE, folder / QUARANTINE)
     return words
+
+
+def _cut(config: Config, folder: Path) -> None:
+    """Give every image its site and tell who got what.
+
+    Raises:
+        ConfigError: fewer sites than ``federation.sites``.
+    """
+    from simulation.partition import partition, partition_table
+    from sparsecontrast.data.cache import load_rows
+    from sparsecontrast.data.index import write_index, write_table
+
+    frame, left_out = load_rows(config.data, folder / STATE)
+    if config.data.index is None:
+        frame = partition(frame, config.federation, config.seed)
+    wanted, found = config.federation.sites, sorted(set(frame["site"]))
+    if len(found) < wanted:
+        raise ConfigError(
+            f"federation.sites={wanted}, but the data hold {len(found)} site(s): {', '.join(found)}; set "
+            f"federation.sites={len(found)}, or cut them with federation.partition="
+        )
+    write_index(frame, folder / PARTITION)
+    write_table(left_out, folder / QUARANTINE)  # a data.index looks for it beside itself
+    print(partition_table(frame).to_string(index=False), flush=True)
+    if len(found) > wanted:
+        print(f"federation.sites={wanted}: not used: {', '.join(found[wanted:])}", flush=True)
 
 
 def _grid(config: Config) -> Any:
@@ -129,17 +145,19 @@ def _serve(grid: Any, show: Callable[[], Any], words: list[str]) -> None:
 
 
 def _evaluate(folder: Path) -> None:
-    """Score the run and write its report, as far as those parts are installed."""
-    for module, function in (
-        ("sparsecontrast.evaluation", "evaluate_run"),
-        ("sparsecontrast.report", "write_report"),
-    ):
-        if importlib.util.find_spec(module) is None:
-            print(f"{module} is not there: skipped")
-            return
-        result = getattr(importlib.import_module(module), function)(folder)
-        if isinstance(result, Path):
-            print(f"report: {result}")
+    """Score the run, print the results and write the report.
+
+    Data without labels cannot be scored; that is said, and the report is written all the same.
+    """
+    from sparsecontrast.evaluation import evaluate_run
+    from sparsecontrast.findings import print_results
+    from sparsecontrast.report import write_report
+
+    try:
+        print_results(evaluate_run(folder))
+    except EvaluationError as error:
+        print(f"not scored [{error.code}]: {error}", file=sys.stderr)
+    print(f"report: {write_report(folder)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -104,6 +104,35 @@ def test_fresh_deletes_a_run_and_nothing_else(finished, images, tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["cache", "notes.txt"]
 
 
+def test_tensorboard_is_written_round_by_round(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    serve(partitions(3), words(images, tmp_path / "out", "tensorboard=true"))
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss/all")] == [1, 2]
+    assert [e.step for e in events.Scalars("loss/b")] == [1, 2]
+
+
+def test_a_cut_by_labels_reaches_the_sites_through_partition_csv(images, tmp_path):
+    import pandas as pd
+
+    from sparsecontrast.overrides import without
+
+    told = without(words(images, tmp_path / "out", "federation.partition=dirichlet"), ["data.index"])
+    told += ["data.phantom.sites=2", "data.phantom.patients_per_site=30", "data.min_images=1"]
+    folder = simulation.run([*told, "federation.rounds=1"], evaluation=False)
+    table = pd.read_csv(folder / "partition.csv")
+    trained = table[table["split"] == "train"].groupby("site").size().to_dict()
+    assert sorted(trained) == ["site_00", "site_01", "site_02"]
+    found = rows(folder)
+    assert {r["site"]: r["num_examples"] for r in found if r["site"]} == trained
+    # and a continued run finds its cut again
+    told = [f"resume={folder}", "federation.rounds=2"]
+    assert simulation.main([*told, "--no-evaluation"]) == 0
+    assert {r["site"]: r["num_examples"] for r in rows(folder) if r["round"] == 2 and r["site"]} == trained
+
+
 # ---- who is left out
 
 
@@ -222,6 +251,12 @@ def test_fewer_sites_in_the_data_than_wanted_names_both(images, tmp_path):
     log = "".join(p.read_text() for p in (tmp_path / "out" / "sites").glob("*/client.log"))
     assert "the data hold 3 site(s): a, b, c" in log
     assert "federation.sites=5" in log
+
+
+def test_the_command_refuses_it_before_anyone_starts(images, tmp_path):
+    told = words(images, tmp_path / "out", "federation.sites=5")
+    with pytest.raises(ConfigError, match=r"federation.sites=5, but the data hold 3 site\(s\): a, b, c"):
+        simulation.run(told, evaluation=False)
 
 
 def test_few_nodes_serve_all_sites_with_the_same_result(finished, images, tmp_path):

@@ -1,0 +1,134 @@
+"""The real thing: ``flwr run . --stream`` on Flower's own SuperLink and Ray, from a copy of the tree."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from simulation import flower_home
+from sparsecontrast import checkpoint
+from sparsecontrast.overrides import join
+from tests.federations import MODEL, rows
+
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flwr")]
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("server", "client", "sparsecontrast", "configs", "pyproject.toml")
+PHANTOMS = (
+    *MODEL,
+    "data.phantom.sites=3",
+    "data.phantom.patients_per_site=8",
+    "federation.sites=3",
+    "federation.rounds=2",
+)
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Flower:
+    """A clone with Flower's home, its port, and every process that it started."""
+
+    def __init__(self, folder):
+        self.app = folder / "clone"
+        self.app.mkdir()
+        for name in SHIPPED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, self.app / name)
+        packages = folder / "packages"
+        packages.mkdir()
+        flower_home.write(self.app, packages)
+        http, control = free_ports(2)
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "RAY_"))},
+            **flower_home.VARIABLES,
+            "FLWR_HOME": str(self.app / flower_home.HOME),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(control),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def __call__(self, *arguments):
+        command = [str(Path(sys.executable).parent / "flwr"), *arguments]
+        return subprocess.run(
+            command, cwd=self.app, env=self.environment, capture_output=True, text=True, timeout=240
+        )
+
+    def status(self):
+        """Statuses of all runs, newest first: the exit code of ``flwr run`` says nothing."""
+        return [run["status"] for run in json.loads(self("list", "local", "--format", "json").stdout)["runs"]]
+
+    def processes(self):
+        """Everything that runs with this home in its environment."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                told = (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if self.environment["FLWR_HOME"].encode() in told:
+                found.append(int(folder.name))
+        return found
+
+    def stop(self):
+        for sent, wait in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
+            for pid in self.processes():
+                try:
+                    os.kill(pid, sent)
+                except ProcessLookupError:
+                    continue
+            deadline = time.monotonic() + wait
+            while self.processes() and time.monotonic() < deadline:
+                time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory):
+    running = Flower(tmp_path_factory.mktemp("flower"))
+    yield running
+    running.stop()
+    assert not running.processes()
+
+
+def test_flwr_run_and_the_local_grid_give_the_same_bits(flower, tmp_path):
+    """Ten SuperNodes by default, three hospitals, two rounds: Ray against our worker processes."""
+    told = join([*PHANTOMS, f"output_dir={tmp_path / 'ray'}"])
+    result = flower("run", ".", "--stream", "--run-config", f'overrides="{told}"')
+    assert flower.status() == ["finished:completed"], result.stdout + result.stderr
+    assert "10 simulated SuperNodes" in result.stdout + result.stderr
+    command = [sys.executable, "-m", "simulation", *PHANTOMS, f"output_dir={tmp_path / 'local'}"]
+    subprocess.run(
+        [*command, "--no-evaluation"], cwd=ROOT, env=flower.environment, check=True, timeout=200,
+        capture_output=True,
+    )  # fmt: skip
+    for number in range(3):
+        one, two = (checkpoint.round_file(tmp_path / f, number).read_bytes() for f in ("ray", "local"))
+        assert one == two, f"round {number}"
+    assert [r["contributors"] for r in rows(tmp_path / "ray") if r["site"] is None] == [
+        ["hospital_00", "hospital_01", "hospital_02"]
+    ] * 2
+
+
+def test_a_run_without_a_quorum_is_marked_as_failed(flower, tmp_path):
+    told = [*PHANTOMS, "data.min_images=1000", f"output_dir={tmp_path / 'run'}"]
+    told.remove("data.min_images=2")
+    before = len(flower.status())
+    result = flower("run", ".", "--stream", "--run-config", f'overrides="{join(told)}"')
+    status = flower.status()
+    assert len(status) == before + 1
+    assert status[0] == "finished:failed"
+    assert "3 valid" not in result.stdout
+    assert "site_too_small" in result.stdout + result.stderr
