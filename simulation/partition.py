@@ -57,7 +57,8 @@ def partition(
         minimum: patients of each site; None for 8, or half an equal share where that is less.
 
     Returns:
-        A copy with new sites ``site_00``..., rows as they were.
+        A copy with new sites ``site_00``..., rows as they were; the old site stays as ``source_site``
+        unless each site films anew.
 
     Raises:
         ConfigError: too few patients for so many sites, no labels to group by, overlap out of range.
@@ -68,6 +69,8 @@ def partition(
     frame = frame.copy()
     if config.partition != "by_site":
         sites = _sites_of_images(frame, config, seed, overlap, minimum)
+        if config.partition != "scanner" and "source_site" not in frame:
+            frame["source_site"] = frame["site"]  # disease labels are judged within it
         frame["site"] = [f"site_{site:02d}" for site in sites]
         if config.partition == "scanner":
             frame = _filmed_at(frame, sites)

@@ -64,7 +64,8 @@ def test_whole_patients_and_every_image_go_somewhere(frame, kind, seed):
     kept = [name for name in frame if name not in ("site", "path", "view", "boxes")]
     assert cut[kept].equals(frame[kept])
     if kind != "scanner":
-        assert cut.drop(columns="site").equals(frame.drop(columns="site"))
+        assert cut["source_site"].equals(frame["site"])
+        assert cut.drop(columns=["site", "source_site"]).equals(frame.drop(columns="site"))
 
 
 @pytest.mark.parametrize("kind", CUTS)

@@ -90,3 +90,11 @@ def test_a_patient_at_two_sites_goes_to_the_one_with_most_images():
 )
 def test_names_of_sites_are_fit_for_folders(name, safe):
     assert safe_name(name) == safe
+
+
+def test_merging_remembers_where_images_came_from():
+    frame = pd.DataFrame({"site": list("aabbbcccc")})
+    once = merge_sites(frame, 2)
+    assert once["source_site"].tolist() == frame["site"].tolist()
+    again = merge_sites(once, 1)
+    assert again["source_site"].tolist() == frame["site"].tolist() and again["site"].nunique() == 1

@@ -38,6 +38,7 @@ TEXTS = ("image_id", "path", "patient_id", "study_id", "site", "view", "split")
 COLUMNS = (*TEXTS, "height", "width")
 QUARANTINE = ("path", "reason", "stage")
 LABEL = "label_"
+SOURCE = "source_site"  # of an image whose site was merged or cut: scores are made within it
 
 # Files that lie beside images everywhere; anything else in a DICOM folder is tried.
 _NO_IMAGE = {
@@ -191,7 +192,8 @@ def _pseudonymised(rows: pd.DataFrame, key: bytes) -> pd.DataFrame:
             "study_id": [pseudonym(key, "study", study) for study in studies],
         }
     )
-    return pd.concat([frame, rows[[*COLUMNS[4:], *labels, "boxes"]]], axis=1)
+    source = [SOURCE] if SOURCE in rows else []
+    return pd.concat([frame, rows[[*COLUMNS[4:], *source, *labels, "boxes"]]], axis=1)
 
 
 def label_names(frame: pd.DataFrame) -> list[str]:

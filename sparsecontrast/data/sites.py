@@ -46,7 +46,7 @@ def merge_sites(frame: "pd.DataFrame", to: int) -> "pd.DataFrame":
         to: how many sites are to remain; more than there are changes nothing.
 
     Returns:
-        A copy with new sites.
+        A copy with new sites; where any changed, the old ones stay as ``source_site``.
 
     Raises:
         ConfigError: ``to`` below 1.
@@ -60,7 +60,10 @@ def merge_sites(frame: "pd.DataFrame", to: int) -> "pd.DataFrame":
         merged = tuple(sorted(first + second))
         sizes[merged] = sizes.pop(first) + sizes.pop(second)
     names = {part: _joined(parts) for parts in sizes for part in parts}
-    return frame.assign(site=frame["site"].map(names))
+    merged = frame["site"].map(names)
+    if merged.equals(frame["site"]) or "source_site" in frame:
+        return frame.assign(site=merged)
+    return frame.assign(site=merged, source_site=frame["site"])
 
 
 def _joined(parts: tuple[str, ...]) -> str:
