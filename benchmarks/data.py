@@ -38,11 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer pairs; a minute instead of five")
+    parser.add_argument("--quick", action="store_true", help="fewer pairs; a minute instead of three")
     parser.add_argument("--json", type=Path, help="write the rows there")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = 5 if arguments.quick else 25
+    pairs = 5 if arguments.quick else 15
     rows = [row for size in (128, 224) for row in measure_steps(size, pairs)]
     print_table(f"Loading + two views against a ViT-tiny step, batch {BATCH}, one core", rows)
     rates = [phantom_rate(64 if arguments.quick else 256), *decode_rates(32 if arguments.quick else 128)]

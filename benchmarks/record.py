@@ -63,10 +63,15 @@ def print_table(title: str, rows: Sequence[Row]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Describe this machine: processor, cores this process may use, memory, system, GPU if one is usable."""
+    """Describe this machine: processor, cores this process may use, memory, system, GPU if one is usable.
+
+    ``load_5_min`` is the mean number of runnable processes: far above the benchmark's own, others
+    were at work, and wall times mean less than ratios and CPU seconds.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = {"cpu": _cpu(), "cores": cores, "memory_gib": round(memory, 1), "os": platform.platform()}
+    found["load_5_min"] = round(os.getloadavg()[1], 1)
     gpu = _gpu()
     return {**found, "gpu": gpu} if gpu else found
 
