@@ -131,6 +131,8 @@ class TrainConfig:
     lr: float
     weight_decay: float
     warmup_rounds: float
+    crop_area: tuple[float, ...]
+    rotation: float
     precision: Literal["fp32", "bf16"]
     threads: int
 
@@ -323,6 +325,11 @@ def _check(config: Config) -> None:
         (t.batch_size >= 2, f"train.batch_size={t.batch_size}: contrast needs at least 2 images"),
         (t.local_epochs >= 1, f"train.local_epochs={t.local_epochs}: must be at least 1"),
         (t.threads >= 1, f"train.threads={t.threads}: must be at least 1"),
+        (
+            len(t.crop_area) == 2 and 0 < t.crop_area[0] <= t.crop_area[1] <= 1,
+            f"train.crop_area={list(t.crop_area)}: must be [low, high] with 0 < low <= high <= 1",
+        ),
+        (0 <= t.rotation <= 45, f"train.rotation={t.rotation}: must be in [0, 45] degrees"),
         (t.lr > 0, f"train.lr={t.lr}: must be positive"),
         (f.rounds >= 1, f"federation.rounds={f.rounds}: must be at least 1"),
         (f.sites >= 1, f"federation.sites={f.sites}: must be at least 1"),

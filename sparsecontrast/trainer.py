@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, write_tensors
 from sparsecontrast.config import Config, TrainConfig
-from sparsecontrast.data.transforms import two_views
+from sparsecontrast.data.transforms import Augmentation, two_views
 from sparsecontrast.errors import MethodError, TooFewImagesError
 from sparsecontrast.methods.method import Batch, Method
 
@@ -64,6 +64,8 @@ class LocalTrainer:
         if config.train.precision == "bf16" and self.device.type == "cpu":
             _explicit_attention(self.module)
         self.optimizer = _optimizer(self.module, config.train)
+        low, high = config.train.crop_area
+        self.augmentation = Augmentation(area=(low, high), degrees=config.train.rotation)
         self._restored = False
 
     def load(self, path: Path) -> None:
@@ -169,10 +171,11 @@ class LocalTrainer:
         generator: torch.Generator, step: int,
     ) -> Batch:  # fmt: skip
         size = self.config.backbone.img_size
-        views = two_views(torch.from_numpy(np.asarray(images[rows])), generator, size)
+        views = two_views(torch.from_numpy(np.asarray(images[rows])), generator, size, self.augmentation)
         second = views.second
         if not np.array_equal(rows, partners):
-            second = two_views(torch.from_numpy(np.asarray(images[partners])), generator, size).second
+            other = torch.from_numpy(np.asarray(images[partners]))
+            second = two_views(other, generator, size, self.augmentation).second
         codes = torch.from_numpy(np.asarray(patients[rows], dtype=np.int64))
         return Batch(
             views.first.to(self.device), second.to(self.device), codes.to(self.device), generator, step

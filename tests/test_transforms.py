@@ -185,22 +185,32 @@ def test_black_stays_black_and_values_stay_in_range():
     assert pixels[..., 22:].std((1, 2, 3)).unique().numel() == 16
 
 
-def test_mae_view_keeps_grey_values():
-    images = torch.full((4, 64, 64), 200, dtype=torch.uint8)
-    view, geometry = transforms.mae_view(
-        images, seeded(0), 32, dataclasses.replace(transforms.DEFAULT, degrees=0)
-    )
-    assert torch.allclose(view, torch.full_like(view, (200 / 255 - 0.5) / 0.25), atol=1e-4)
+def test_mae_view_only_moves_pixels():
+    images = noise_images(4, 64, 64)
+    view, geometry = transforms.mae_view(images, seeded(0), 32)
+    pixels = transforms.warp(images, geometry)
+    deviation, mean = torch.std_mean(pixels, (1, 2, 3), keepdim=True)
+    assert torch.allclose(view * (deviation + transforms.FLAT) + mean, pixels, atol=1e-5)
     assert geometry.size == 32
+
+
+def test_a_view_is_standardised_by_itself_alone():
+    images = noise_images(3, 64, 64)
+    darker = (images.float() * 0.5 + 20).to(torch.uint8)
+    bright, dark = transforms.evaluation_view(images, 64), transforms.evaluation_view(darker, 64)
+    assert torch.allclose(bright, dark, atol=0.05)  # exposure is gone, up to uint8 rounding
+    assert torch.equal(transforms.evaluation_view(images[1:2], 64), bright[1:2])
+    assert torch.isfinite(transforms.evaluation_view(torch.full_like(images, 7), 64)).all()
 
 
 @pytest.mark.parametrize("size", [16, 64, 100])
 def test_evaluation_view_averages_what_it_shrinks(size):
     checker = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255
+    checker[:, 32:] = 0
     view = transforms.evaluation_view(checker.to(torch.uint8)[None], size)
     assert view.shape == (1, 1, size, size)
     if size == 16:  # four pixels wide: the pattern is gone, its mean remains
-        assert view.abs().max() < 0.05
+        assert view[..., 1:6].std() < 0.05 and view[..., 1:6].mean() > 0.9
     assert torch.equal(view, transforms.evaluation_view(checker.to(torch.uint8)[None], size))
 
 

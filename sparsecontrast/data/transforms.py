@@ -10,8 +10,9 @@ unless asked for: a heart on the right is a finding (situs inversus), and so is 
 is erased: a lesion may be that small. Black stays black under every photometric change, because
 padding and collimation must stay recognisable.
 
-Pixel coordinates are continuous: pixel i covers [i, i + 1). Values become (x - 0.5) / 0.25, fixed
-constants instead of a per-image standardisation, so that black is one value in every view.
+Pixel coordinates are continuous: pixel i covers [i, i + 1). Every view is standardised by its own
+mean and deviation: exposure differs more between two renderings of one film than anatomy does
+between two patients, and under fixed constants an untrained network sees little else.
 """
 
 import math
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-MEAN, STD = 0.5, 0.25
+FLAT = 1e-3  # added to the deviation: a view of one grey value stays finite
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,9 @@ def evaluation_view(images: Tensor, size: int) -> Tensor:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Map [0, 1] to (x - 0.5) / 0.25, in place."""
-    return pixels.sub_(MEAN).div_(STD)
+    """Standardise each image of [B, 1, H, W] by its own mean and deviation, in place."""
+    deviation, mean = torch.std_mean(pixels, (1, 2, 3), keepdim=True)
+    return pixels.sub_(mean).div_(deviation + FLAT)
 
 
 def random_geometry(images: Tensor, generator: Generator, size: int, augmentation: Augmentation) -> Geometry:
