@@ -20,7 +20,7 @@ from sparsecontrast.features import (
     BATCH,
     Baselines,
     Budget,
-    check_baselines,
+    check_settings,
     encode,
     load_method,
     presented_images,
@@ -57,7 +57,7 @@ def evaluate_run(
         UntrainedError, PatientLeakError, LabelError, ConfigError: there is nothing honest to score.
     """
     run = read_run(run_dir, overrides)
-    check_baselines(run.config.evaluation.baselines)
+    check_settings(run.config)
     found = trained_round(run)
     dataset = run_dataset(run, show)
     table = make_table(dataset.frame, run_sites(run, dataset))

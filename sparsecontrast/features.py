@@ -98,11 +98,25 @@ def encode(
     return np.concatenate(rows)
 
 
-def check_baselines(names: Sequence[str]) -> None:
-    """Refuse baselines that do not exist (ConfigError)."""
-    unknown = sorted(set(names) - set(BASELINES))
-    if unknown:
-        raise ConfigError(f"evaluation.baselines: unknown {unknown}; known: {', '.join(BASELINES)}")
+def check_settings(config: Config) -> None:
+    """Refuse an ``evaluation`` section that is well-typed but impossible (ConfigError)."""
+    e, least = config.evaluation, 1 / config.method.cell**2
+    unknown = sorted(set(e.baselines) - set(BASELINES))
+    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
+    rules = [
+        (not unknown, f"baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
+        (kept, f"keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], all coarse to dense"),
+        (
+            e.label_fractions and all(0 < f <= 1 for f in e.label_fractions),
+            "label_fractions: must lie in (0, 1]",
+        ),
+        (e.bootstrap >= 1, f"bootstrap={e.bootstrap}: must be at least 1"),
+        (e.knn_neighbours >= 1, f"knn_neighbours={e.knn_neighbours}: must be at least 1"),
+        (e.overlays >= 0, f"overlays={e.overlays}: must not be negative"),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(f"evaluation.{message}")
 
 
 @dataclass(frozen=True)
@@ -157,12 +171,22 @@ class Baselines:
             return [""]
         asked = [labelled_rows(task, label, self.table) for task in self.tasks for label in task.labels]
         spoken = set(self.table.sites[np.concatenate(asked)].tolist())
-        return sorted(set(self.table.sites[self.table.splits == "train"].tolist()) & spoken)
+        return sorted(set(self.table.sites[self._training_rows("")].tolist()) & spoken)
+
+    def _training_rows(self, site: str) -> np.ndarray:
+        """Training images of one site, or of all sites that gave the run a round."""
+        train = self.table.splits == "train"
+        if site:
+            return np.flatnonzero(train & (self.table.sites == site))
+        gave = {r["site"] for r in self.run.sites if r.get("status", "ok") == "ok"}
+        taken = train & np.isin(self.table.sites, sorted(gave))
+        # a run at one place names no site of the data, or one of them; it is set against all
+        return np.flatnonzero(taken if len(gave) > 1 and taken.any() else train)
 
     def _trained_alone(self, site: str, tick: Tick) -> tuple[dict[str, Tensor], int]:
         """Train on one site's images (``site`` empty: on everybody's) or read what was trained before."""
         config, name = self.run.config, site or "centralised"
-        rows = np.flatnonzero((self.table.splits == "train") & ((self.table.sites == site) | (site == "")))
+        rows = self._training_rows(site)
         patients = np.unique(self.table.patients[rows], return_inverse=True)[1]
         quotas = None if site else presented_images(self.run)
         file = f"{_fingerprint(self.run, self.rounds, name, self.table.patients[rows], quotas)}.safetensors"

@@ -15,6 +15,7 @@ from sparsecontrast.charts import Dot, dot_chart
 from sparsecontrast.checkpoint import latest, read_round, write_bytes
 from sparsecontrast.errors import SparseContrastError
 from sparsecontrast.evaluation import run_dataset, run_sites, versions
+from sparsecontrast.features import check_settings, load_method
 from sparsecontrast.overrides import key_of
 from sparsecontrast.runs import Run, read_evaluation, read_run
 
@@ -41,6 +42,7 @@ def write_report(run_dir: str | Path, overrides: Sequence[str] = (), show: bool 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     run = read_run(run_dir, overrides)
+    check_settings(run.config)
     evaluation = read_evaluation(run.folder)
     dataset, absent = _local_data(run, show)
     page = Environment(
@@ -154,7 +156,6 @@ def _result_chart(evaluation: Mapping[str, Any], question: findings.Question) ->
 
 
 def _looks(run: Run, dataset: "Dataset | None", absent: str, show: bool) -> dict[str, Any]:
-    from sparsecontrast.features import load_method
     from sparsecontrast.overlays import overlays
 
     nothing = {"pictures": [], "why": absent, "keep": run.config.method.keep, "annotated": False}

@@ -114,6 +114,20 @@ def test_the_data_of_other_sites_never_reach_a_site_alone(run):
         assert images == {image.tobytes() for image in dataset.images[mine]}
 
 
+def test_baselines_learn_from_the_sites_that_gave_the_run_a_round(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["site"] == "hospital_00":
+            row["status"] = "refused"
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    opened = read_run(run)
+    table = make_table(run_dataset(opened, show=False).frame)
+    made = Baselines(opened, 2, np.zeros(0), table, [Task("t", ("nodule",))])
+    assert set(table.sites[made._training_rows("")]) == {"hospital_01", "hospital_02"}
+    assert made._models("local_only") == ["hospital_01", "hospital_02"]
+    assert set(table.sites[made._training_rows("hospital_02")]) == {"hospital_02"}
+
+
 def test_a_site_too_small_to_train_alone_is_a_reason(run, monkeypatch):
     train = features.LocalTrainer.run
 
@@ -184,6 +198,11 @@ def test_a_torn_last_round_is_skipped(run):
     (["evaluation.baselines=[imagenet]"], ConfigError, "unknown.*known: pixels"),
     (["evaluation.tasks=[{name: t, label: gout}]"], LabelError, "known: .*nodule"),
     (["evaluation.tsaks=[]"], ConfigError, "tsaks"),
+    (["evaluation.keep=some"], ConfigError, "evaluation.keep=some: must be dense"),
+    (["evaluation.keep=0.1"], ConfigError, r"number in \[0.25, 1\]"),
+    (["evaluation.label_fractions=[0,1]"], ConfigError, "label_fractions"),
+    (["evaluation.knn_neighbours=0"], ConfigError, "knn_neighbours=0"),
+    (["evaluation.bootstrap=0"], ConfigError, "bootstrap=0"),
 ])  # fmt: skip
 def test_what_cannot_be_scored_is_refused_by_name(run, words, error, match):
     with pytest.raises(error, match=match):
