@@ -3,7 +3,10 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 QUIET_SECONDS = 5.0  # between two plain lines
 
@@ -40,3 +43,11 @@ def _plain_lines(title: str, total: int) -> Callable[[str], None]:
             print(f"{title}: {done}/{total} {text}".rstrip(), file=sys.stderr, flush=True)
 
     return tick
+
+
+def track(items: Iterable[Item], total: int, title: str, enabled: bool = True) -> Iterator[Item]:
+    """Pass ``items`` on, lazily, and show how many of ``total`` have come."""
+    with progress(title, total, enabled and total > 0) as tick:
+        for item in items:
+            yield item
+            tick("")

@@ -56,7 +56,10 @@ def test_bad_override_is_one_clear_error(override, says):
         compose([override])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}={p.stem}")
+CHOICES = sorted(CONFIG_DIR.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CHOICES, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_config_file_composes(path):
     config = compose([f"{path.parent.name}={path.stem}"])
     assert dataclasses.is_dataclass(config)

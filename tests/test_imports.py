@@ -20,7 +20,7 @@ DOORS = {
 }
 
 # a room may import the rooms named for it, and itself
-ERRORS = ("sparsecontrast.errors", "sparsecontrast.config")
+ERRORS = ("sparsecontrast.errors", "sparsecontrast.config", "sparsecontrast.progress")
 FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "sparsecontrast.ledger")
 DATA = ("sparsecontrast.data",)
 MODELS = ("sparsecontrast.models",)
@@ -79,7 +79,9 @@ def broken(relative: str, modules: set[str]) -> list[str]:
         # `from sparsecontrast.data import cache` also names the parent: judged by its child
         and not any(a.startswith(m + ".") for a in allowed)
     ]
-    doors = [m for m in modules if m.split(".")[0] in DOORS and not relative.startswith(DOORS[m.split(".")[0]])]
+    doors = [
+        m for m in modules if m.split(".")[0] in DOORS and not relative.startswith(DOORS[m.split(".")[0]])
+    ]
     return sorted(wrong + doors)
 
 

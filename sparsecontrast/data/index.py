@@ -18,7 +18,6 @@ import pandas as pd
 from sparsecontrast.config import DataConfig, anchored
 from sparsecontrast.data.filters import is_chest, is_frontal, normal_view
 from sparsecontrast.data.images import Header, read_header
-from sparsecontrast.data.progress import track
 from sparsecontrast.data.pseudonyms import load_key, pseudonym
 from sparsecontrast.data.recipe import FIELDS, Recipe, parse_recipe
 from sparsecontrast.data.sites import merge_sites, one_site_a_patient, safe_name
@@ -33,6 +32,7 @@ from sparsecontrast.errors import (
     PatientLeakError,
     StorageError,
 )
+from sparsecontrast.progress import track
 
 TEXTS = ("image_id", "path", "patient_id", "study_id", "site", "view", "split")
 COLUMNS = (*TEXTS, "height", "width")

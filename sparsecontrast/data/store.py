@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 
 from sparsecontrast.data.decode import Decoded, Reader, Task, decode_all, read_pixels
-from sparsecontrast.data.progress import track
 from sparsecontrast.errors import DataError, StorageError
+from sparsecontrast.progress import track
 
 FORMAT = 1
 # Every other file of this folder may have a say in what a decoded pixel is.
