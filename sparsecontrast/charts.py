@@ -46,21 +46,19 @@ class Bar:
 
 
 def line_chart(
-    lines: Sequence[Line], label: str, x_label: str, y_label: str, height: float = 260, percent: bool = False
-) -> Markup:
+    lines: Sequence[Line], label: str, x_label: str, y_label: str, height: float = 260,
+    percent: bool = False, zero: bool = False,
+) -> Markup:  # fmt: skip
     """Draw curves over a common axis; the names of ``main`` and ``dashed`` ones stand in a legend.
 
-    ``percent`` shows shares 0..1 as 0..100 % on a fixed axis.
+    ``percent`` shows shares 0..1 as 0..100 % on a fixed axis; ``zero`` starts the axis at 0.
     """
     points = [(x, y) for s in lines for x, y in zip(s.x, s.y, strict=True) if math.isfinite(y)]
     if not points:
         return Markup("")
     left, right, top, bottom = 56.0, WIDTH - 12, 30.0, height - 40
-    y_ticks = (
-        [0, 0.25, 0.5, 0.75, 1.0]
-        if percent
-        else _ticks(min(p[1] for p in points), max(p[1] for p in points), 5)
-    )
+    y_low, y_high = min(p[1] for p in points), max(p[1] for p in points)
+    y_ticks = [0, 0.25, 0.5, 0.75, 1.0] if percent else _ticks(0 if zero else y_low, y_high, 5)
     x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
     x_ticks = [t for t in _ticks(x_low, x_high, 8) if x_low <= t <= x_high and t == int(t)] or [x_low]
     sx = _scale(x_low, x_high, left + 6, right - 6)

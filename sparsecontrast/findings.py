@@ -261,17 +261,17 @@ def site_table(evaluation: Mapping[str, Any], question: Question) -> list[list[s
 def _matrix(rows: Sequence[Row], key: str, names: Sequence[str], head: str) -> list[list[str]]:
     """One line a label or hospital, one column a feature set; a reason stands where no number can."""
     cells = {(r[key], r["features"]): r for r in rows}
-    table = [[head, "images (patients)", "positive", *(name_of(n) for n in names)]]
+    table = [[head, "images", "positive", *(name_of(n) for n in names)]]
     for value in dict.fromkeys(r[key] for r in rows):
         first = cells[value, names[0]]
         title, positives = value, str(first["n_positive"])
-        if value == MACRO:
-            title = f"mean of {first['labels_used']} of {first['labels_asked']} labels"
-            positives = ""
+        if first["label"] == MACRO:
+            positives = f"in {first['labels_used']} of {first['labels_asked']} findings"
+            title = "mean of the findings" if value == MACRO else value
         texts = [figure(cells.get((value, n))) for n in names]
         if first["value"] is None:
             texts = [(first["reason"] or "").removeprefix("not computable: ")] + [""] * (len(names) - 1)
-        table.append([title, f"{first['n_images']} ({first['n_patients']})", positives, *texts])
+        table.append([title, f"{first['n_images']} ({first['n_patients']} patients)", positives, *texts])
     return table
 
 
@@ -293,6 +293,7 @@ def _comparison(evaluation: Mapping[str, Any], question: Question, fraction: flo
     groups: dict[str, list[str]] = {}
     for row in pick(evaluation["differences"], question, fraction=fraction):
         other, judged = name_of(row["features"].split(" - ", 1)[1]), verdict(row)
+        other = other.replace("untrained", "an untrained")
         size = ""
         if judged in ("better", "worse"):
             ends = sorted(abs(round(100 * row[k])) for k in ("low", "high"))

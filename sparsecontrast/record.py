@@ -160,7 +160,9 @@ def transfer(run: Run) -> dict[str, Any]:
     ]
     first = next((r for r in run.sites if r.get("bytes_up")), {})
     return {
-        "chart": line_chart(lines, "megabytes sent by round", "round", "MB", 190) if rounds else "",
+        "chart": line_chart(lines, "megabytes sent by round", "round", "MB", 190, zero=True)
+        if rounds
+        else "",
         "up": megabytes(sum(r["bytes_up"] for r in rounds)),
         "down": megabytes(sum(r["bytes_down"] for r in rounds)),
         "each": megabytes(first.get("bytes_up") or 0),

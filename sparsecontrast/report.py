@@ -17,7 +17,7 @@ from sparsecontrast.errors import SparseContrastError
 from sparsecontrast.evaluation import run_dataset, run_sites, versions
 from sparsecontrast.features import check_settings, load_method
 from sparsecontrast.overrides import key_of
-from sparsecontrast.runs import Run, read_evaluation, read_run
+from sparsecontrast.runs import PARTITION, Run, read_evaluation, read_run
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -194,6 +194,8 @@ def _settings(run: Run) -> list[tuple[str, str]]:
 def _command(run: Run) -> str:
     """Write the command that makes this run again; absolute paths are cut to their last part."""
     words = [w for w in run.config.overrides if key_of(w) not in ("output_dir", "resume")]
+    # a simulation that cuts the sites itself names the table it has just written
+    words = [w for w in words if key_of(w) != "data.index" or PARTITION not in w]
     told = " ".join(_without_folders(w) for w in words)
     tool = "sparsecontrast pretrain" if record.trained_alone(run) else "python -m simulation"
     return f"{tool} {told}".strip()

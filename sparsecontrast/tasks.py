@@ -116,7 +116,7 @@ def parse_tasks(entries: Sequence[Mapping[str, Any]], table: Table) -> tuple[Tas
             "the data has no label column, so there is nothing to score; name labels in its recipe"
         )
     if not entries:
-        return (Task("all labels", tuple(table.labels)),)
+        return (Task("all findings", tuple(table.labels)),)
     tasks = tuple(_parse(entry, f"evaluation.tasks[{i}]", table) for i, entry in enumerate(entries))
     names = [t.name for t in tasks]
     if len(set(names)) < len(names):

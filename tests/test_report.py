@@ -288,4 +288,9 @@ def test_charts_are_well_formed_and_escape():
         and dot_chart([], "a", "x") == ""
         and bar_chart([], [], "a", "x") == ""
     )
+    ticks = [
+        e.text
+        for e in ET.fromstring(line_chart([Line("a", [1], [14.9])], "a", "x", "y", zero=True)).iter("text")
+    ]
+    assert "0" in ticks
     ET.fromstring(line_chart([Line("flat", [1], [0.0])], "a", "x", "y"))
