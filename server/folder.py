@@ -13,7 +13,7 @@ import yaml
 
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import Config, anchored, as_dict, compose
-from sparsecontrast.errors import CheckpointError, ConfigError
+from sparsecontrast.errors import CheckpointError, ConfigError, StorageError
 
 # what a continued run may change; everything else decides the weights, or who may see what
 FREE = (
@@ -48,10 +48,18 @@ class RunFolder:
         checkpoint.write_bytes(self.path / "metrics.jsonl", text.encode())
 
     def add_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append a round's rows; they already stand in the round's JSON."""
+        """Append a round's rows; they already stand in the round's JSON.
+
+        Raises:
+            StorageError: the disk is full.
+        """
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(text)
+        path = self.path / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}; resume= makes it whole") from error
 
 
 def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsecontrast import overrides
+from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import Config, anchored, compose
 from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
 from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, STATE
@@ -94,7 +94,7 @@ def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
         config = compose(words)
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
     load_dataset(config, cache, folder / STATE)
-    shutil.copyfile(folder / STATE / QUARANTINE, folder / QUARANTINE)
+    checkpoint.write_bytes(folder / QUARANTINE, (folder / STATE / QUARANTINE).read_bytes())
     return words
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from simulation import flower_home
-from sparsecontrast import checkpoint
-from sparsecontrast.overrides import join
+from sparsecontrast import checkpoint, overrides
 from tests.federations import MODEL, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flwr")]
@@ -105,7 +104,7 @@ def flower(tmp_path_factory):
 
 def test_flwr_run_and_the_local_grid_give_the_same_bits(flower, tmp_path):
     """Ten SuperNodes by default, three hospitals, two rounds: Ray against our worker processes."""
-    told = join([*PHANTOMS, f"output_dir={tmp_path / 'ray'}"])
+    told = overrides.join([*PHANTOMS, f"output_dir={tmp_path / 'ray'}"])
     result = flower("run", ".", "--stream", "--run-config", f'overrides="{told}"')
     assert flower.status() == ["finished:completed"], result.stdout + result.stderr
     assert "10 simulated SuperNodes" in result.stdout + result.stderr
@@ -122,13 +121,36 @@ def test_flwr_run_and_the_local_grid_give_the_same_bits(flower, tmp_path):
     ] * 2
 
 
-def test_a_run_without_a_quorum_is_marked_as_failed(flower, tmp_path):
-    told = [*PHANTOMS, "data.min_images=1000", f"output_dir={tmp_path / 'run'}"]
-    told.remove("data.min_images=2")
+def test_a_run_without_a_quorum_is_marked_as_failed(flower):
+    told = overrides.merge(PHANTOMS, ["data.min_images=1000", "output_dir=outputs/small"])
     before = len(flower.status())
-    result = flower("run", ".", "--stream", "--run-config", f'overrides="{join(told)}"')
+    result = flower("run", ".", "--stream", "--run-config", f'overrides="{overrides.join(told)}"')
     status = flower.status()
     assert len(status) == before + 1
     assert status[0] == "finished:failed"
-    assert "3 valid" not in result.stdout
     assert "site_too_small" in result.stdout + result.stderr
+    # a relative output_dir starts where the SuperLink was started, the clone; for the sites too
+    out = flower.app / "outputs" / "small"
+    assert checkpoint.latest(out) == 0
+    assert sorted(p.name for p in (out / "sites").iterdir()) == [f"hospital_0{i}" for i in range(3)]
+
+
+def test_the_environment_takes_the_clones_home_unless_told_otherwise(tmp_path):
+    (tmp_path / "packages").mkdir()
+    flower_home.write(tmp_path, tmp_path / "packages")
+    code = "import os, site, sys; site.addsitedir(sys.argv[1]); print(os.environ['FLWR_HOME'])"
+    command = [sys.executable, "-c", code, str(tmp_path / "packages")]
+    bare = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
+
+    def home(**more):
+        result = subprocess.run(command, env={**bare, **more}, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    assert home(FLWR_HOME="/elsewhere") == "/elsewhere"
+    # -I and -S: without what a set-up environment has already put there
+    command[1:1] = ["-I", "-S"]
+    assert home() == str(tmp_path / flower_home.HOME)
+    mine = tmp_path / flower_home.HOME / "config.toml"
+    mine.write_text("edited")
+    flower_home.write(tmp_path, tmp_path / "packages")
+    assert mine.read_text() == "edited"

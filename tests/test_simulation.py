@@ -104,6 +104,28 @@ def test_fresh_deletes_a_run_and_nothing_else(finished, images, tmp_path):
     assert sorted(p.name for p in run.iterdir()) == ["cache", "notes.txt"]
 
 
+def test_half_precision_halves_the_bytes_and_the_server_keeps_fp32(finished, images, tmp_path):
+    serve(partitions(3), words(images, tmp_path / "out", "federation.payload_dtype=fp16"))
+    full, half = rows(finished)[-1], rows(tmp_path / "out")[-1]
+    for key in ("bytes_up", "bytes_down"):
+        assert 0.5 <= half[key] / full[key] < 0.52
+    one, two = (checkpoint.read_round(f, 2).tensors for f in (finished, tmp_path / "out"))
+    assert all(t.dtype == torch.float32 for t in two.values())
+    gaps = [(one[n] - two[n]).abs().max() for n in one]
+    assert 0 < max(gaps) < 0.02
+
+
+def test_the_proximal_weight_reaches_the_sites(finished, images, tmp_path):
+    """FedProx aggregates like FedAvg: only its term at the sites makes another result."""
+    told = ("federation.strategy=fedprox", "federation.proximal_mu=0.5")
+    serve(partitions(3), words(images, tmp_path / "out", *told))
+    serve(partitions(3), words(images, tmp_path / "zero", told[0], "federation.proximal_mu=0.0"))
+    files = [
+        checkpoint.round_file(f, 1).read_bytes() for f in (finished, tmp_path / "out", tmp_path / "zero")
+    ]
+    assert files[0] == files[2] != files[1]
+
+
 def test_tensorboard_is_written_round_by_round(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
