@@ -235,7 +235,7 @@ def _explicit_attention(module: nn.Module) -> None:
     """Write attention as matrix products: on a CPU the fused kernel's bf16 backward is the slower one."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
-            part.fused_attn = False
+            setattr(part, "fused_attn", False)  # noqa: B010  a flag of timm's, unknown to the type checker
 
 
 def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
