@@ -28,7 +28,8 @@ METHODS = (*MODELS, "sparsecontrast.losses", "sparsecontrast.methods")
 LIBRARY = ("sparsecontrast",)
 ROOMS = {
     "sparsecontrast/errors.py": (),
-    "sparsecontrast/config.py": ("sparsecontrast.errors",),
+    "sparsecontrast/structure.py": ("sparsecontrast.errors",),
+    "sparsecontrast/config.py": ("sparsecontrast.errors", "sparsecontrast.structure"),
     "sparsecontrast/data/": (*ERRORS, *DATA),
     "sparsecontrast/models/": (*ERRORS, *MODELS),
     "sparsecontrast/losses.py": ERRORS,
