@@ -164,7 +164,10 @@ def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
             f"{', '.join(names)}; set federation.sites={len(names)}"
         )
     chosen = [_checked_name(names[rank]) for rank in ranks]
-    return [Site(name, config, site_state_dir(config, name), simulated=True) for name in chosen]
+    # one site.state_dir for all would mix their optimizers: each site has its own folder in it
+    shared = anchored(config.site.state_dir) if config.site.state_dir else None
+    folders = [shared / name if shared else site_state_dir(config, name) for name in chosen]
+    return [Site(n, config, f, simulated=True) for n, f in zip(chosen, folders, strict=True)]
 
 
 def _site_names(config: Config) -> list[str]:

@@ -21,6 +21,7 @@ from sparsecontrast.errors import FederationError
 HELLO, TRAIN = "query.hello", "train"
 POLL_SECONDS = (0.02, 0.5)  # between pulls: at first, and at most
 SAY_SECONDS = 10.0  # between lines while waiting
+SETTLE_SECONDS = 10.0  # without a new node, when as many as wanted have answered but not all can be used
 _CODE = re.compile(r"[a-z][a-z_]{0,39}")
 _NAME = re.compile(r"[^\x00-\x1f/\\]{1,64}")
 _ADVICE = {
@@ -104,12 +105,16 @@ def connect(grid: Grid, config: FederationConfig, fingerprint: str, overrides: s
     sites: dict[str, int] = {}
     excluded: dict[str, str] = {}
     greeted: set[int] = set()
-    while len(sites) + len(excluded) < config.sites and (left := deadline - time.monotonic()) > 0:
+    news = time.monotonic()
+    while len(sites) < config.sites and (left := deadline - time.monotonic()) > 0:
         fresh = sorted(set(grid.get_node_ids()) - greeted)
         greeted |= set(fresh)
         if fresh:
             answers = ask(grid, {f"node {n}": (n, hello) for n in fresh}, HELLO, left, "hello")
             _admit(answers, {f"node {n}": n for n in fresh}, fingerprint, sites, excluded)
+            news = time.monotonic()
+        elif len(sites) + len(excluded) >= config.sites and time.monotonic() - news >= SETTLE_SECONDS:
+            break
         elif time.monotonic() - said >= SAY_SECONDS:
             said = time.monotonic()
             say(f"waiting for {config.sites} sites: {len(sites)} ready on {len(greeted)} node(s)")

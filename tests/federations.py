@@ -126,14 +126,18 @@ def partitions(n: int) -> list[dict[str, Any]]:
 
 
 def serve(
-    nodes: list[dict[str, Any]], told: list[str], app: ClientApp | None = None, mute: tuple[int, ...] = ()
+    nodes: list[dict[str, Any]],
+    told: list[str],
+    app: ClientApp | None = None,
+    mute: tuple[int, ...] = (),
+    kind: type[DirectGrid] = DirectGrid,
 ) -> DirectGrid:
     """Run the ServerApp against nodes in this process; returns the grid."""
     from client.app import app as client_app
     from server.app import app as server_app
     from sparsecontrast.overrides import join
 
-    grid = DirectGrid(nodes, app or client_app, mute)
+    grid = kind(nodes, app or client_app, mute)
     server_app(grid, Context(1, 1, {}, RecordDict(), {"overrides": join(told)}))
     return grid
 

@@ -253,7 +253,8 @@ def test_no_name_or_path_leaves(left_the_site):
     assert any(b"north" in data for data in sent)  # the agreed name does
 
 
-def test_an_exception_leaves_as_a_code_and_stays_in_the_sites_log(tmp_path):
+def test_an_exception_leaves_as_a_code_and_stays_in_the_sites_log(tmp_path, monkeypatch):
+    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
     import yaml
 
     from sparsecontrast.errors import FederationError, QuorumError

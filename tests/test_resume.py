@@ -49,15 +49,8 @@ def stop_before(round_number, told):
                 raise Stopped
             return super().push_messages(messages)
 
-    from flwr.app import Context, RecordDict
-
-    from client.app import app as client_app
-    from server.app import app as server_app
-    from sparsecontrast.overrides import join
-
-    grid = Doomed(partitions(3), client_app)
     with pytest.raises(Stopped):
-        server_app(grid, Context(1, 1, {}, RecordDict(), {"overrides": join(told)}))
+        serve(partitions(3), told, kind=Doomed)
 
 
 def strategy_words(strategy):

@@ -13,7 +13,12 @@ from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import compose
 from sparsecontrast.errors import ConfigError, FederationError, QuorumError, StorageError
 from tests import apps
-from tests.federations import partitions, rows, serve, words, write_images
+from tests.federations import DirectGrid, partitions, rows, serve, words, write_images
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +155,7 @@ def test_a_cut_by_labels_reaches_the_sites_through_partition_csv(images, tmp_pat
     found = rows(folder)
     assert {r["site"]: r["num_examples"] for r in found if r["site"]} == trained
     # and a continued run finds its cut again
-    told = [f"resume={folder}", "federation.rounds=2"]
-    assert simulation.main([*told, "--no-evaluation"]) == 0
+    serve(partitions(3), [f"resume={folder}", "federation.rounds=2"])
     assert {r["site"]: r["num_examples"] for r in rows(folder) if r["round"] == 2 and r["site"]} == trained
 
 
@@ -257,10 +261,31 @@ def test_nobody_with_the_servers_backbone_is_a_clear_error(tmp_path):
         serve(nodes, words(index, tmp_path / "out"))
 
 
+def test_a_late_site_is_waited_for_beside_a_useless_node(tmp_path, monkeypatch):
+    """Three nodes have answered, one cannot be used: the third hospital connects a moment later."""
+    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 30.0)
+    index = write_images(tmp_path / "images", {"x": 4})
+    names = {"a": [], "b": [], "odd": ["backbone.depth=2"], "late": []}
+    nodes = [site_file(tmp_path / name, name, index, *more) for name, more in names.items()]
+    calls = iter(range(100))
+
+    class Growing(DirectGrid):
+        def get_node_ids(self):
+            return list(self.nodes)[: 3 if next(calls) < 2 else 4]
+
+    serve(nodes, words(index, tmp_path / "out", "federation.rounds=1"), kind=Growing)
+    assert rows(tmp_path / "out")[-1]["contributors"] == ["a", "b", "late"]
+
+
+def test_simulated_sites_keep_apart_in_one_state_folder(images, tmp_path):
+    serve(partitions(3), words(images, tmp_path / "out", f"site.state_dir={tmp_path / 'states'}"))
+    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["a", "b", "c"]
+
+
 def test_two_nodes_of_one_name_are_both_left_out(tmp_path):
     index = write_images(tmp_path / "images", {"x": 4})
     nodes = [site_file(tmp_path / str(i), name, index) for i, name in enumerate(["one", "one", "two"])]
-    told = words(index, tmp_path / "out", "federation.connect_timeout=3")
+    told = words(index, tmp_path / "out", "federation.connect_timeout=2")
     with pytest.raises(FederationError, match="1 usable .*duplicate_name"):
         serve(nodes, told)
 

@@ -152,7 +152,7 @@ def test_only_fedprox_sends_a_proximal_weight():
 
 
 def test_a_diverged_strategy_is_an_error_and_too_few_replies_too():
-    config = federation("fedavgm", server_learning_rate=3.0e+38)
+    config = federation("fedavgm", server_learning_rate=3.0e38)
     with pytest.raises(FederationError, match="not finite"):
         Aggregator(config).aggregate(1, global_weights(), replies(2))
     with pytest.raises(QuorumError, match="too few"):
