@@ -41,12 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _index(options: argparse.Namespace) -> None:
     from sparsecontrast.config import anchored, compose
     from sparsecontrast.data.cache import load_rows
-    from sparsecontrast.data.index import write_index, write_table
+    from sparsecontrast.data.index import build_index, write_index, write_table
 
     config = compose(options.overrides)
     # where the key of the pseudonyms lies: the site's own folder, or that of the run to come
     state = anchored(config.site.state_dir or Path(config.output_dir) / "state")
-    frame, quarantine = load_rows(config.data, state, progress=True)
+    told = ""
+    if config.data.kind == "phantom" or config.data.index is not None:
+        frame, quarantine = load_rows(config.data, state, progress=True)
+    else:
+        built = build_index(config.data, state)
+        frame, quarantine = built.frame, built.quarantine
+        told = "; ".join(f"{n} {name.replace('_', ' ')}" for name, n in built.counts.items()) + "\n"
     write_index(frame, options.out / "index.csv")
     write_table(quarantine, options.out / "quarantine.csv")
     counts = frame.groupby(["site", "split"]).size().unstack(fill_value=0)
@@ -59,7 +65,7 @@ def _index(options: argparse.Namespace) -> None:
     reasons = Counter(zip(quarantine["stage"], quarantine["reason"], strict=True)).most_common()
     if reasons:
         _table(["stage", "reason", "files left out"], [[s, r, str(n)] for (s, r), n in reasons])
-    print(f"{len(frame)} images, {len(quarantine)} files left out: {options.out / 'index.csv'}")
+    print(f"{told}{len(frame)} images, {len(quarantine)} files left out: {options.out / 'index.csv'}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -89,6 +89,14 @@ def test_index_writes_the_tables_and_counts(tmp_path, capsys):
     assert list(pd.read_csv(tmp_path / "made" / "quarantine.csv").columns) == ["path", "reason", "stage"]
 
 
+def test_index_of_a_real_dicom_folder_tells_what_it_left_out(tmp_path, capsys, shared_data):
+    words = ["index", "data=dicom", f"data.root={shared_data / 'dicom'}", f"site.state_dir={tmp_path}/state"]
+    assert cli.main([*words, "--out", str(tmp_path / "made")]) == 0
+    printed = capsys.readouterr().out
+    assert "26 files; 5 unreadable; 16 not chest; 0 not frontal; 5 kept" in printed
+    assert len(pd.read_csv(tmp_path / "made" / "quarantine.csv")) == 5
+
+
 def test_phantom_draws_a_sheet(tmp_path, capsys):
     words = ["phantom", "--sites", "2", "--patients", "3", "--size", "64", "--out"]
     sheets = []
