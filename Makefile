@@ -23,7 +23,7 @@ simulate: setup
 	$(BIN)/python -m simulation experiment=laptop output_dir=$(OUT) --fresh
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

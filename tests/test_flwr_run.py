@@ -16,7 +16,7 @@ from simulation import flower_home
 from sparsecontrast import checkpoint, overrides
 from tests.federations import MODEL, rows
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("flwr")]
+pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("server", "client", "sparsecontrast", "configs", "pyproject.toml")
 PHANTOMS = (

@@ -15,7 +15,6 @@ from sparsecontrast import checkpoint
 from sparsecontrast.errors import CheckpointError, ConfigError
 from tests.federations import DirectGrid, partitions, rows, serve, words, write_images
 
-pytestmark = pytest.mark.xdist_group("resume")  # its module fixtures are whole runs
 ROOT = Path(__file__).parents[1]
 # times, and the length of a message that holds the path of the run
 OTHERWISE = ("seconds", "setup_seconds", "answer_seconds", "bytes_down")

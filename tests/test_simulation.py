@@ -16,9 +16,6 @@ from tests import apps
 from tests.federations import DirectGrid, partitions, rows, serve, words, write_images
 
 
-pytestmark = pytest.mark.xdist_group("simulation")  # its module fixtures are whole runs
-
-
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
     monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
