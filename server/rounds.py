@@ -217,13 +217,12 @@ def _add_weights(rows: list[dict[str, Any]], valid: list[Contribution], config: 
 
 
 def _summary(number: int, outcome: Outcome, config: FederationConfig, seconds: float) -> dict[str, Any]:
-    """Make the row of a whole round; losses are weighted like the weights."""
-    losses = [(r["weight"], r["loss"]) for r in outcome.rows if r["status"] == "ok" and "loss" in r]
-    total = sum(weight for weight, _ in losses)
+    """Make the row of a whole round; its means are weighted like the weights."""
     return {
         "round": number,
         "site": None,
-        "loss": sum(w * x for w, x in losses) / total if total else None,
+        "loss": _mean(outcome.rows, "loss"),
+        "keep": _mean(outcome.rows, "keep"),
         "seconds": round(seconds, 3),
         "bytes_down": outcome.bytes_down,
         "bytes_up": outcome.bytes_up,
@@ -235,11 +234,19 @@ def _summary(number: int, outcome: Outcome, config: FederationConfig, seconds: f
     }
 
 
+def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Mean of a metric over the sites that told it; None when none did."""
+    found = [(r["weight"], r[name]) for r in rows if r["status"] == "ok" and name in r]
+    total = sum(weight for weight, _ in found)
+    return sum(w * x for w, x in found) / total if total else None
+
+
 def _line(row: dict[str, Any], rounds: int) -> str:
     loss = "      -" if row["loss"] is None else f"{row['loss']:7.4f}"
+    kept = "" if row["keep"] is None else f"  tokens {row['keep']:.0%}"
     asked = len(row["contributors"]) + len(row["refused"]) + len(row["silent"])
     return (
-        f"round {row['round']:3d}/{rounds}  loss {loss}  sites {len(row['contributors'])}/{asked}  "
+        f"round {row['round']:3d}/{rounds}  loss {loss}{kept}  sites {len(row['contributors'])}/{asked}  "
         f"up {row['bytes_up'] / 1e6:.1f} MB  down {row['bytes_down'] / 1e6:.1f} MB  {row['seconds']:.1f} s"
     )
 
