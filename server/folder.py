@@ -13,6 +13,7 @@ import yaml
 
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, ConfigError, StorageError
 
 # what a continued run may change; everything else decides the weights, or who may see what
@@ -45,7 +46,7 @@ class RunFolder:
             with contextlib.suppress(CheckpointError):  # a damaged old round costs its rows, not the run
                 rows += checkpoint.read_meta(self.path, number).get("rows", [])
         text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-        checkpoint.write_bytes(self.path / "metrics.jsonl", text.encode())
+        write_bytes(self.path / "metrics.jsonl", text.encode())
 
     def add_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append a round's rows; they already stand in the round's JSON.
@@ -105,7 +106,7 @@ def open_folder(config: Config, words: Sequence[str]) -> RunFolder:
         raise CheckpointError(f"{path}: no whole round to continue from; start anew in another output_dir")
     run_key = secrets.token_hex(16) if done is None else str(checkpoint.read_meta(path, done).get("run_key"))
     record = {**as_dict(config), "overrides": list(words), "resume": None}
-    checkpoint.write_bytes(path / "config.yaml", yaml.safe_dump(record, sort_keys=False).encode())
+    write_bytes(path / "config.yaml", yaml.safe_dump(record, sort_keys=False).encode())
     folder = RunFolder(path, config, run_key, done)
     folder.write_metrics()
     return folder

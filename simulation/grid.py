@@ -7,11 +7,9 @@ either way the server gets an error reply, never silence without end.
 """
 
 import multiprocessing
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -25,12 +23,11 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from simulation.worker import serve
+from sparsecontrast.processes import one_thread
 
 SERVER_NODE = 1
 FIRST_NODE = 100
 WORKER_DIED = 1  # Flower's ErrorCode.UNKNOWN
-# torch, BLAS and OpenMP read these when they are imported: two threads in two workers cost 4x the time
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 @dataclass
@@ -203,8 +200,8 @@ class LocalGrid(Grid):
     def _start(self) -> Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.client_app, self.preload, os.getpid()))
-        with _environment(ONE_THREAD):
+        process = context.Process(target=serve, args=(theirs, self.client_app, self.preload))
+        with one_thread():
             process.start()
         theirs.close()  # so that its death is the end of the pipe
         return Worker(process, ours)
@@ -219,18 +216,3 @@ def _stop(worker: Worker) -> None:
     worker.process.kill()  # durable files are written atomically: nothing is torn by this
     worker.process.join(timeout=10)
     worker.process.close()
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started within."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

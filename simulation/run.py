@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsecontrast import checkpoint, overrides
+from sparsecontrast import overrides
 from sparsecontrast.config import Config, anchored, compose
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
 from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, STATE
 
@@ -94,7 +95,7 @@ def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
         config = compose(words)
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
     load_dataset(config, cache, folder / STATE)
-    checkpoint.write_bytes(folder / QUARANTINE, (folder / STATE / QUARANTINE).read_bytes())
+    write_bytes(folder / QUARANTINE, (folder / STATE / QUARANTINE).read_bytes())
     return words
 
 

@@ -1,25 +1,23 @@
 """A worker process of the local grid: bytes in, ClientApp, bytes out."""
 
 import importlib
-import os
 import signal
 import sys
-import threading
-import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from sparsecontrast.processes import follow_parent
 
-def serve(pipe: Connection, client_app: str, preload: str, parent: int) -> None:
+
+def serve(pipe: Connection, client_app: str, preload: str) -> None:
     """Answer messages until the pipe closes.
 
     Args:
         pipe: delivers (node id, run id, node config), then a message's protobuf bytes.
         client_app: ``module:attribute``.
         preload: module to import before the first message.
-        parent: process id whose end is ours too, even in the middle of a round.
     """
-    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    follow_parent()  # its end is ours too, even in the middle of a round
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     module, _, name = client_app.partition(":")
     app = getattr(importlib.import_module(module), name)
@@ -35,12 +33,6 @@ def serve(pipe: Connection, client_app: str, preload: str, parent: int) -> None:
             pipe.send_bytes(reply)
         except OSError:  # the parent is gone
             sys.exit(0)
-
-
-def _follow(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _answer(app: Any, data: bytes, node: int, run: int, node_config: dict[str, Any]) -> bytes:

@@ -15,7 +15,6 @@ hash of the weights of the round before.
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sparsecontrast.errors import CheckpointError, StorageError
+from sparsecontrast.durable import write_bytes
+from sparsecontrast.errors import CheckpointError
 
 ROUNDS = "rounds"
 _META = re.compile(r"round_(\d{4,})\.json")
@@ -47,30 +47,6 @@ class Round:
     tensors: dict[str, Tensor]
     strategy: dict[str, Tensor]
     meta: dict[str, Any]
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``, or leave it as it was.
-
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written; the old file is intact.
-    """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}. The previous file, if any, is intact; "
-            "free some space or choose another output_dir, then continue with resume="
-        ) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -201,12 +177,3 @@ def _parse(path: Path, data: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: torn, not safetensors ({error})") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

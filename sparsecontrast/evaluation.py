@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast.checkpoint import Round, write_bytes
+from sparsecontrast.checkpoint import Round
 from sparsecontrast.config import DataConfig, anchored, as_dict
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, PatientLeakError
 from sparsecontrast.features import (
     BATCH,

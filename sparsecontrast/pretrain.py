@@ -16,6 +16,7 @@ import yaml
 from sparsecontrast import checkpoint
 from sparsecontrast.config import Config, anchored, as_dict
 from sparsecontrast.data.cache import load_dataset
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, ConfigError, TooFewImagesError
 from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
@@ -78,8 +79,8 @@ class _Record:
         """Write the configuration and round 0; returns 0."""
         config = self.trainer.config
         text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
-        checkpoint.write_bytes(self.folder / CONFIG, text.encode())
-        checkpoint.write_bytes(self.folder / METRICS, b"")
+        write_bytes(self.folder / CONFIG, text.encode())
+        write_bytes(self.folder / METRICS, b"")
         self._keep(0, [], secrets.token_hex(16), None)
         return 0
 
@@ -93,7 +94,7 @@ class _Record:
         if number:
             self.trainer.load(self._state(number))
         rows = [r for n in range(1, number + 1) for r in checkpoint.read_meta(self.folder, n)["rows"]]
-        checkpoint.write_bytes(self.folder / METRICS, _lines(rows).encode())
+        write_bytes(self.folder / METRICS, _lines(rows).encode())
         return number
 
     def add(self, number: int, result: TrainResult, examples: int) -> None:

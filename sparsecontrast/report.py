@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecontrast import findings, record
 from sparsecontrast.charts import Dot, dot_chart
-from sparsecontrast.checkpoint import latest, read_round, write_bytes
+from sparsecontrast.checkpoint import latest, read_round
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import SparseContrastError
 from sparsecontrast.evaluation import run_dataset, run_sites, versions
 from sparsecontrast.features import check_settings, load_method

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsecontrast import checkpoint
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, StorageError
 
 
@@ -134,7 +135,7 @@ def test_a_failing_flush_is_a_storage_error_and_keeps_the_file(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(StorageError, match="No space left"):
-        checkpoint.write_bytes(path, b"new")
+        write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

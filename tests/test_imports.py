@@ -20,7 +20,7 @@ DOORS = {
 }
 
 # a room may import the rooms named for it, and itself
-ERRORS = ("sparsecontrast.errors", "sparsecontrast.config", "sparsecontrast.progress")
+ERRORS = tuple(f"sparsecontrast.{name}" for name in ("errors", "config", "progress", "durable", "processes"))
 FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "sparsecontrast.ledger")
 DATA = ("sparsecontrast.data",)
 MODELS = ("sparsecontrast.models",)

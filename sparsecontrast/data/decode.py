@@ -6,7 +6,6 @@ Heavy imports stay inside functions: every worker process is a fresh interpreter
 import contextlib
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sparsecontrast.errors import ImageReadError
+from sparsecontrast.processes import follow_parent, one_thread
 
 CHUNK = 16  # images sent to a worker at once
 AHEAD = 2  # chunks in flight per worker: bounds memory, and the suspects after a crash
@@ -176,28 +176,6 @@ def _can_start() -> bool:
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Fresh interpreters (a forked one may hold locks of other threads), one thread each."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))  # read when a worker's libraries load
     context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, initializer=_follow_parent) as pool:
-            yield pool
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _follow_parent() -> None:
-    """End this worker when its parent is killed; otherwise it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    with one_thread(), ProcessPoolExecutor(workers, context, initializer=follow_parent) as pool:
+        yield pool

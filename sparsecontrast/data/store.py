@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from sparsecontrast.data.decode import Decoded, Reader, Task, decode_all, read_pixels
+from sparsecontrast.durable import sync_folder
 from sparsecontrast.errors import DataError, StorageError
 from sparsecontrast.progress import track
 
@@ -163,7 +164,7 @@ def _publish(work: _Build, cache_dir: Path, folder: Path, key: str, source: str)
         if folder.exists():  # under this key, and it did not verify
             shutil.rmtree(folder)
         building.rename(folder)
-        _sync_folder(cache_dir)
+        sync_folder(cache_dir)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -290,11 +291,3 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
