@@ -55,7 +55,6 @@ def cost(words: list[str], folder: Path) -> dict[str, Any]:
         "sites": len({r["site"] for r in sites}),
         "wall_seconds": round(wall, 1),
         "rounds_seconds": round(sum(r["seconds"] for r in rounds), 1),
-        "chance_loss": round(sites[0]["chance_loss"], 3),
         "first_loss": round(rounds[0]["loss"], 3),
         "lowest_loss": round(min(r["loss"] for r in rounds), 3),
         "last_loss": round(rounds[-1]["loss"], 3),
