@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from server.log import say, warn
+from server.strategy import quorum
 from sparsecontrast.config import FederationConfig
 from sparsecontrast.errors import FederationError
 
@@ -98,7 +99,7 @@ def connect(grid: Grid, config: FederationConfig, fingerprint: str, overrides: s
         Node id by site name, sorted by name, at most ``sites`` of them.
 
     Raises:
-        FederationError: fewer than ``min_sites`` usable sites in time; names the others with codes.
+        FederationError: fewer usable sites than the quorum in time; names the others with codes.
     """
     hello = RecordDict({"config": ConfigRecord({"overrides": overrides})})
     deadline, said = time.monotonic() + config.connect_timeout, -SAY_SECONDS
@@ -171,11 +172,12 @@ def _chosen(
         advice = _ADVICE.get(code, " (see client.log in its state folder)")
         warn(f"{name} is left out of this run: {code}{advice}")
     names = sorted(sites)[: config.sites]
-    if len(names) < config.min_sites:
+    needed = quorum(config)
+    if len(names) < needed:
         codes = [f"{list(excluded.values()).count(c)} x {c}" for c in sorted(set(excluded.values()))]
         raise FederationError(
-            f"{len(names)} usable site(s) on {nodes} node(s), federation.min_sites={config.min_sites} are "
-            f"needed; left out: {', '.join(codes) or 'none'}"
+            f"{len(names)} usable site(s) on {nodes} node(s), {needed} are needed (federation.min_sites, "
+            f"{config.strategy}); left out: {', '.join(codes) or 'none'}"
         )
     if len(names) < config.sites:
         warn(f"{len(names)} of {config.sites} sites are ready; going on with them")

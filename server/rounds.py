@@ -19,13 +19,18 @@ from torch import Tensor
 from server.conversation import TRAIN, Answers, ask
 from server.folder import RunFolder
 from server.log import say, warn
-from server.strategy import Aggregator, Contribution, bounded_weights
+from server.strategy import Aggregator, Contribution, bounded_weights, quorum
 from server.verification import Expectation, RefusedError, read_reply, records_of
 from sparsecontrast import checkpoint, payload
 from sparsecontrast.config import FederationConfig, as_dict
 from sparsecontrast.errors import PayloadError, QuorumError
 from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import derive_seed
+
+# columns of metrics.jsonl that the server fills; a site's metric of that name is dropped
+OURS = (
+    "round", "site", "status", "code", "weight", "num_examples", "answer_seconds", "bytes_down", "bytes_up",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Rounds:
         """Run every round that is left.
 
         Raises:
-            QuorumError: fewer than ``min_sites`` valid replies.
+            QuorumError: fewer valid replies than the quorum.
             StorageError: a checkpoint could not be written; the rounds before it are intact.
         """
         if self.folder.done is None:
@@ -95,10 +100,10 @@ class Rounds:
     def _round(self, number: int) -> None:
         started = time.monotonic()
         outcome = self._exchange(number)
-        if len(outcome.valid) < self.config.min_sites:
+        if len(outcome.valid) < self.aggregator.quorum:
             raise QuorumError(
-                f"round {number}: {len(outcome.valid)} valid replies, federation.min_sites="
-                f"{self.config.min_sites} are needed; refused: {outcome.refused or 'none'}; "
+                f"round {number}: {len(outcome.valid)} valid replies, {self.aggregator.quorum} are needed "
+                f"(federation.min_sites, {self.config.strategy}); refused: {outcome.refused or 'none'}; "
                 f"silent: {outcome.silent or 'none'}"
             )
         self.flat = self.aggregator.aggregate(number, self.flat, outcome.valid)
@@ -170,11 +175,11 @@ class Rounds:
 
 
 def participants(sites: list[str], config: FederationConfig, seed: int, number: int) -> list[str]:
-    """Draw a round's sites: ``fraction`` of them, rounded up, never fewer than ``min_sites``.
+    """Draw a round's sites: ``fraction`` of them, rounded up, never fewer than the quorum.
 
     The draw depends on the run's seed, the round and the names alone.
     """
-    count = min(len(sites), max(config.min_sites, math.ceil(config.fraction * len(sites) - 1e-9)))
+    count = min(len(sites), max(quorum(config), math.ceil(config.fraction * len(sites) - 1e-9)))
     generator = np.random.Generator(np.random.PCG64(derive_seed(seed, "participants", number)))
     chosen = generator.permutation(len(sites))[:count]
     return sorted(sorted(sites)[i] for i in chosen)
@@ -203,7 +208,8 @@ def _row(
         row["answer_seconds"] = round(seconds, 3)
     if site in valid:
         metrics = {k.replace("-", "_"): v for k, v in valid[site].metrics.items()}
-        row |= {"num_examples": valid[site].examples} | metrics
+        told = {k: v for k, v in metrics.items() if k not in OURS}
+        row |= {"num_examples": valid[site].examples} | told
     return row
 
 

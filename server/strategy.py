@@ -60,15 +60,18 @@ class Aggregator:
     Args:
         config: ``strategy``, ``options``, ``proximal_mu``, ``min_sites``, ``weighting``, ``max_weight``.
 
+    Attributes:
+        quorum: valid replies that a round needs, see ``quorum``.
+
     Raises:
-        ConfigError: an unknown strategy or option, a value it refuses, or a quorum below what the
-            strategy needs.
+        ConfigError: an unknown strategy or option, a value it refuses, or fewer sites than the strategy
+            needs.
     """
 
     def __init__(self, config: FederationConfig):
         self.config = config
         self.strategy = _build(config)
-        _check_needs(config)
+        self.quorum = quorum(config)
 
     @property
     def proximal_mu(self) -> float:
@@ -190,8 +193,12 @@ def _build(config: FederationConfig) -> Any:
         raise ConfigError(f"federation.options of {config.strategy}: {error}") from error
 
 
-def _check_needs(config: FederationConfig) -> None:
-    """Refuse a quorum under which the strategy's guarantee does not hold, before anyone trains."""
+def quorum(config: FederationConfig) -> int:
+    """Return how many valid replies a round needs: ``min_sites``, or more where the strategy's proof does.
+
+    Raises:
+        ConfigError: the federation has fewer sites, or multikrum would average more than can be honest.
+    """
     f = config.options.get("num_malicious_nodes", 0)
     needs = {
         "krum": (2 * f + 3, "2f + 3 (Blanchard et al. 2017)"),
@@ -199,14 +206,16 @@ def _check_needs(config: FederationConfig) -> None:
         "bulyan": (4 * f + 3, "4f + 3 (El Mhamdi et al. 2018)"),
     }
     least, rule = needs.get(config.strategy, (1, ""))
-    if config.min_sites < least:
+    if config.sites < least:
         raise ConfigError(
-            f"federation.min_sites={config.min_sites}: {config.strategy} with num_malicious_nodes={f} needs "
-            f"at least {least} replies, {rule}"
+            f"federation.sites={config.sites}: {config.strategy} with num_malicious_nodes={f} needs at "
+            f"least {least} replies, {rule}"
         )
+    least = max(least, config.min_sites)
     chosen = config.options.get("num_nodes_to_select", 1)
-    if config.strategy == "multikrum" and not 1 <= chosen <= config.min_sites - f:
+    if config.strategy == "multikrum" and not 1 <= chosen <= least - f:
         raise ConfigError(
-            f"federation.options.num_nodes_to_select={chosen}: must be in 1..{config.min_sites - f}, "
-            "the replies of a smallest round that can be honest"
+            f"federation.options.num_nodes_to_select={chosen}: must be in 1..{least - f}, the replies of a "
+            "smallest round that can be honest; raise federation.min_sites"
         )
+    return least

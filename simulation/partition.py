@@ -16,7 +16,8 @@ import numpy as np
 
 from simulation.partition_plot import LABEL, partition_table, plot_partition
 from sparsecontrast.config import FederationConfig, anchored, compose
-from sparsecontrast.errors import ConfigError, PatientLeakError, SparseContrastError
+from sparsecontrast.data.sites import is_cut, refuse_leaks
+from sparsecontrast.errors import ConfigError, SparseContrastError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,7 @@ def partition(
 ) -> "pd.DataFrame":
     """Give every image its site.
 
-    - ``by_site``: as it is.
+    - ``by_site``: as it is; so is an index that was cut in the configured way before.
     - ``iid``: patients shuffled and dealt in turn.
     - ``quantity``: the sizes of the sites follow one Dirichlet(alpha) draw.
     - ``dirichlet``: patients are grouped by what they have; each group is spread over the sites by a
@@ -58,24 +59,27 @@ def partition(
 
     Returns:
         A copy with new sites ``site_00``..., rows as they were; the old site stays as ``source_site``
-        unless each site films anew.
+        unless each site films anew. Columns ``partition`` and ``overlap`` say what was done.
 
     Raises:
-        ConfigError: too few patients for so many sites, no labels to group by, overlap out of range.
+        ConfigError: too few patients for so many sites, no labels to group by, overlap out of range, an
+            index that was cut in another way.
         PatientLeakError: a patient at two sites although ``overlap`` is 0.
     """
     if not 0 <= overlap <= 1:
         raise ConfigError(f"overlap={overlap}: must be in [0, 1]")
     frame = frame.copy()
-    if config.partition != "by_site":
+    if not is_cut(frame, config.partition):
         sites = _sites_of_images(frame, config, seed, overlap, minimum)
         if config.partition != "scanner" and "source_site" not in frame:
             frame["source_site"] = frame["site"]  # disease labels are judged within it
         frame["site"] = [f"site_{site:02d}" for site in sites]
         if config.partition == "scanner":
             frame = _filmed_at(frame, sites)
-    if overlap == 0:
-        _refuse_leaks(frame)
+        frame["partition"] = config.partition
+    if overlap > 0:
+        frame["overlap"] = overlap
+    refuse_leaks(frame)
     return frame
 
 
@@ -86,8 +90,7 @@ def _sites_of_images(
     from sparsecontrast.trainer import derive_seed
 
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "partition", config.partition)))
-    # Sorted, so that the order of the rows has no say.
-    patients, codes = np.unique(frame["patient_id"].to_numpy(dtype=str), return_inverse=True)
+    codes = _patients(frame)
     counted = np.bincount(codes, weights=(frame["split"] == "train").to_numpy(float)) > 0
     if not counted.any():
         counted[:] = True
@@ -95,10 +98,20 @@ def _sites_of_images(
     home = _homes(frame, config, codes, counted, minimum, rng)
     sites = home[codes]
     if overlap > 0 and config.sites > 1:
-        _spread(
-            sites, frame["image_id"].to_numpy(dtype=str), codes, len(patients), overlap, config.sites, rng
-        )
+        _spread(sites, frame["path"].to_numpy(dtype=str), codes, overlap, config.sites, rng)
     return sites.tolist()
+
+
+def _patients(frame: "pd.DataFrame") -> np.ndarray:
+    """Number the patients, int [N], in the order of their first paths.
+
+    Neither the order of the rows has a say nor the pseudonyms, which depend on the site's random key:
+    the same seed cuts the same files in the same way.
+    """
+    first = frame.groupby("patient_id")["path"].min().reset_index()
+    order = first.sort_values(["path", "patient_id"])["patient_id"].tolist()
+    rank = {patient: code for code, patient in enumerate(order)}
+    return frame["patient_id"].map(rank).to_numpy(dtype=np.int64)
 
 
 def _minimum(asked: int | None, patients: int, sites: int) -> int:
@@ -173,18 +186,17 @@ def _repaired(
 
 def _spread(
     sites: np.ndarray,
-    images: np.ndarray,
+    paths: np.ndarray,
     codes: np.ndarray,
-    patients: int,
     overlap: float,
     n: int,
     rng: np.random.Generator,
 ) -> None:
     """Send half of the images of some patients to a second site, in place."""
-    several = np.flatnonzero(np.bincount(codes, minlength=patients) > 1)
+    several = np.flatnonzero(np.bincount(codes) > 1)
     for patient in rng.permutation(several)[: round(overlap * len(several))]:
         rows = np.flatnonzero(codes == patient)
-        rows = rows[np.argsort(images[rows])]
+        rows = rows[np.argsort(paths[rows], kind="stable")]
         sites[rows[len(rows) // 2 :]] = (sites[rows[0]] + rng.integers(1, n)) % n
 
 
@@ -233,14 +245,6 @@ def _filmed_at(frame: "pd.DataFrame", sites: Sequence[int]) -> "pd.DataFrame":
         findings = describe(**film)
         paths[row], views[row], boxes[row] = phantom_path(**film), findings.view, json.dumps(findings.boxes)
     return frame.assign(path=paths, view=views, boxes=boxes)
-
-
-def _refuse_leaks(frame: "pd.DataFrame") -> None:
-    torn = int((frame.groupby("patient_id")["site"].nunique() > 1).sum())
-    if torn:
-        raise PatientLeakError(
-            f"{torn} patients lie at two sites: give each patient one site, or ask for it with overlap"
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,21 +1,17 @@
 """``python -m simulation``: a whole federation on one machine, from the data to the report."""
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from simulation.fresh import clear
 from sparsecontrast import overrides
 from sparsecontrast.config import Config, anchored, compose
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
-from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, STATE
-
-RUN_FILES = (
-    CONFIG, METRICS, PARTITION, QUARANTINE, EVALUATION, "report.html", "rounds", "sites", "tensorboard",
-)  # fmt: skip
+from sparsecontrast.runs import PARTITION, QUARANTINE, STATE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +40,12 @@ def run(words: Sequence[str], fresh: bool = False, evaluation: bool = True) -> P
         SparseContrastError: whatever kept the run from its end.
     """
     from server.folder import resolve
+    from server.strategy import Aggregator
 
-    if fresh:
-        clear(compose(list(words)))
     config, words = resolve(words)
+    Aggregator(config.federation)  # complain before anything is deleted or made
+    if fresh:
+        clear(config)
     folder = Path(config.output_dir)
     # the workers import torch while the data are made ready here
     with _grid(config) as (grid, show):
@@ -60,37 +58,18 @@ def run(words: Sequence[str], fresh: bool = False, evaluation: bool = True) -> P
     return folder
 
 
-def clear(config: Config) -> None:
-    """Delete the run in ``output_dir``.
-
-    Raises:
-        ConfigError: the folder holds something, and it is no run folder.
-    """
-    folder = anchored(config.output_dir)
-    if config.resume is not None:
-        raise ConfigError("--fresh deletes what resume= would continue; give one of them")
-    if not folder.exists():
-        return
-    if any(folder.iterdir()) and not ((folder / "config.yaml").exists() or (folder / "cache").exists()):
-        raise ConfigError(f"--fresh: {folder} is not a run folder, nothing was deleted")
-    for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
-    """Write ``partition.csv``, fill the cache, and return the overrides that point to the partition."""
+    """Write ``partition.csv``, fill the cache, and return the overrides that point to the partition.
+
+    What an attempt without a round left behind is made anew: its configuration may have been another.
+    """
     from server.folder import refuse_old_rounds
     from sparsecontrast.data.cache import load_dataset
 
     refuse_old_rounds(config)
-    cut = config.federation.partition != "by_site" and config.data.index is None
-    if not (folder / PARTITION).exists():
+    if config.resume is None or not (folder / PARTITION).exists():
         _cut(config, folder)
-    if cut:
+    if config.federation.partition != "by_site":
         words = overrides.merge(words, [overrides.assign("data.index", folder / PARTITION)])
         config = compose(words)
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
@@ -103,15 +82,15 @@ def _cut(config: Config, folder: Path) -> None:
     """Give every image its site and tell who got what.
 
     Raises:
-        ConfigError: fewer sites than ``federation.sites``.
+        ConfigError: fewer sites than ``federation.sites``, or an index that was cut in another way.
+        PatientLeakError: a patient at two sites, who was not asked for.
     """
     from simulation.partition import partition, partition_table
     from sparsecontrast.data.cache import load_rows
     from sparsecontrast.data.index import write_index, write_table
 
     frame, left_out = load_rows(config.data, folder / STATE)
-    if config.data.index is None:
-        frame = partition(frame, config.federation, config.seed)
+    frame = partition(frame, config.federation, config.seed)
     wanted, found = config.federation.sites, sorted(set(frame["site"]))
     if len(found) < wanted:
         raise ConfigError(

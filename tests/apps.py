@@ -53,6 +53,9 @@ def _lie(message: Message, context: Context) -> Message:
         reply.content["arrays"] = ArrayRecord({"flat": torn})
     elif lie == "weight":
         reply.content["metrics"] = MetricRecord({"num-examples": -3})
+    elif lie == "names":
+        told = {"site": 5, "round": 7, "status": 1, "code": 2, "bytes-up": 0, "weight": 9.0}
+        reply.content["metrics"] = MetricRecord({**reply.content["metrics"], **told})
     elif lie == "die":
         os._exit(9)
     elif lie == "raise":

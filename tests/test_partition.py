@@ -1,5 +1,6 @@
 """Partitions: whole patients, every image, the skew that was asked for, and no site left empty."""
 
+import hashlib
 import io
 import json
 from collections.abc import Mapping
@@ -65,7 +66,9 @@ def test_whole_patients_and_every_image_go_somewhere(frame, kind, seed):
     assert cut[kept].equals(frame[kept])
     if kind != "scanner":
         assert cut["source_site"].equals(frame["site"])
-        assert cut.drop(columns=["site", "source_site"]).equals(frame.drop(columns="site"))
+        assert (cut["partition"] == kind).all()
+        made = ["site", "source_site", "partition"]
+        assert cut.drop(columns=made).equals(frame.drop(columns="site"))
 
 
 @pytest.mark.parametrize("kind", CUTS)
@@ -93,6 +96,32 @@ def test_iid_sites_have_equal_numbers_of_patients(frame):
     for part in (cut, cut[cut["split"] == "train"]):
         sizes = part.groupby("site")["patient_id"].nunique()
         assert sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize("kind", CUTS)
+def test_pseudonyms_have_no_say(photos, kind):
+    """Their key is random at every site, yet a seed cuts the same files in the same way."""
+    other = photos.sample(frac=1, random_state=3)
+    for name in ("patient_id", "image_id"):
+        other[name] = [hashlib.sha256(value.encode()).hexdigest()[:16] for value in other[name]]
+    cuts = [partition(rows, federation(kind), 5, overlap=0.5).set_index("path") for rows in (photos, other)]
+    pd.testing.assert_series_equal(cuts[0]["site"], cuts[1]["site"].reindex(cuts[0].index))
+
+
+def test_a_cut_is_not_cut_again_and_another_one_is_refused(photos):
+    cut = partition(photos, federation("iid"), 0)
+    assert partition(cut, federation("iid"), 1).equals(cut)
+    assert partition(cut, federation("by_site"), 1).equals(cut)
+    with pytest.raises(ConfigError, match="was cut by iid"):
+        partition(cut, federation("quantity"), 1)
+
+
+def test_a_patient_at_two_sites_must_have_been_asked_for(photos):
+    cut = partition(photos, federation("iid"), 0, overlap=0.5)
+    assert (cut.groupby("patient_id")["site"].nunique() > 1).any()
+    assert partition(cut, federation("by_site"), 0).equals(cut)
+    with pytest.raises(PatientLeakError, match="patients lie at two sites"):
+        partition(cut.drop(columns=["overlap"]), federation("by_site"), 0)
 
 
 def test_small_alpha_skews_labels_more(photos):
@@ -190,7 +219,7 @@ def test_a_patient_at_two_natural_sites_is_refused_unless_asked_for(photos):
     torn.loc[first, "site"] = "elsewhere"
     with pytest.raises(PatientLeakError, match="1 patients lie at two sites"):
         partition(torn, federation("by_site"), 0)
-    assert partition(torn, federation("by_site"), 0, overlap=0.1).equals(torn)
+    assert partition(torn, federation("by_site"), 0, overlap=0.1).drop(columns="overlap").equals(torn)
     assert partition(torn, federation("iid"), 0)["site"].nunique() == 5, "a new cut mends it"
 
 

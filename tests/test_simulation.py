@@ -11,7 +11,7 @@ from simulation import run as simulation
 from simulation.grid import LocalGrid
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import compose
-from sparsecontrast.errors import ConfigError, FederationError, QuorumError, StorageError
+from sparsecontrast.errors import ConfigError, FederationError, PatientLeakError, QuorumError, StorageError
 from tests import apps
 from tests.federations import DirectGrid, partitions, rows, serve, words, write_images
 
@@ -99,12 +99,22 @@ def test_fresh_deletes_a_run_and_nothing_else(finished, images, tmp_path):
     (stranger / "chapter.txt").write_text("years of work")
     with pytest.raises(ConfigError, match="not a run folder"):
         simulation.clear(compose(words(images, stranger)))
-    assert (stranger / "chapter.txt").exists()
+    for name in ("cache", "sites"):
+        (stranger / name).mkdir()
+    (stranger / "config.yaml").write_text("fonts: serif")
+    with pytest.raises(ConfigError, match="not a run folder"):
+        simulation.clear(compose(words(images, stranger)))
+    assert len(list(stranger.iterdir())) == 4
+    with pytest.raises(ConfigError, match="not a run folder"):
+        simulation.clear(compose(words(images, stranger / "chapter.txt")))
+    with pytest.raises(ConfigError, match="strategy=nope"):
+        simulation.run(words(images, finished, "federation.strategy=nope"), fresh=True)
+    assert checkpoint.latest(finished) == 2
     run = tmp_path / "run"
     (run / "rounds").mkdir(parents=True)
     (run / "cache").mkdir()
-    for name in ("config.yaml", "notes.txt"):
-        (run / name).write_text("x")
+    (run / "notes.txt").write_text("x")
+    (run / "config.yaml").write_bytes((finished / "config.yaml").read_bytes())
     simulation.clear(compose(words(images, run)))
     assert sorted(p.name for p in run.iterdir()) == ["cache", "notes.txt"]
 
@@ -159,6 +169,39 @@ def test_a_cut_by_labels_reaches_the_sites_through_partition_csv(images, tmp_pat
     assert {r["site"]: r["num_examples"] for r in rows(folder) if r["round"] == 2 and r["site"]} == trained
 
 
+def test_what_a_failed_attempt_cut_is_not_the_next_runs_data(images, tmp_path):
+    import pandas as pd
+
+    told = words(images, tmp_path / "out", "federation.partition=iid", "federation.rounds=1")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError):
+        simulation.run([*told, f"data.cache_dir={tmp_path / 'file' / 'cache'}"], evaluation=False)
+    stale = pd.read_csv(tmp_path / "out" / "partition.csv")
+    stale[stale["site"] == "site_00"].to_csv(tmp_path / "out" / "partition.csv", index=False)
+    folder = simulation.run([*told, "data.min_images=1"], evaluation=False)
+    cut = pd.read_csv(folder / "partition.csv")
+    assert len(cut) == len(pd.read_csv(images)) == 25
+    assert sorted(cut["site"].unique()) == ["site_00", "site_01", "site_02"]
+    assert [r["site"] for r in rows(folder)] == ["site_00", "site_01", "site_02", None]
+
+
+def test_an_index_with_a_torn_patient_is_refused(images, tmp_path):
+    import pandas as pd
+
+    frame = pd.read_csv(images)
+    frame.loc[frame["site"] == "b", "patient_id"] = frame.loc[0, "patient_id"]
+    frame["split"] = "train"
+    frame.to_csv(tmp_path / "torn.csv", index=False)
+    with pytest.raises(PatientLeakError, match="1 patients lie at two sites"):
+        simulation.run(words(tmp_path / "torn.csv", tmp_path / "out"), evaluation=False)
+
+
+@pytest.mark.parametrize("strategy", ["krum", "multikrum", "bulyan"])
+def test_robust_strategies_run_by_their_name_alone(images, tmp_path, strategy):
+    serve(partitions(3), words(images, tmp_path, f"federation.strategy={strategy}", "federation.rounds=1"))
+    assert rows(tmp_path)[-1]["contributors"] == ["a", "b", "c"]
+
+
 # ---- who is left out
 
 
@@ -198,14 +241,18 @@ def test_a_silent_site_is_named(images, tmp_path):
 
 
 def test_liars_are_named_and_do_not_touch_the_weights(tmp_path, monkeypatch):
-    lies = ["", "", "nan", "short", "torn", "weight", "raise"]
+    import pandas as pd
+
+    lies = ["", "", "nan", "short", "torn", "weight", "raise", "names"]
     monkeypatch.setenv("SPARSECONTRAST_TEST_LIES", ",".join(lies))
     n = len(lies)
     index = write_images(tmp_path / "images", {f"s{i}": 4 for i in range(n)})
     told = words(index, tmp_path / "out", f"federation.sites={n}", "federation.rounds=1")
     serve(partitions(n), told, apps.liars)
     found = rows(tmp_path / "out")
-    assert found[-1]["contributors"] == ["s0", "s1"]
+    assert found[-1]["contributors"] == ["s0", "s1", "s7"]
+    assert [r["site"] for r in found[:-1]] == [f"s{i}" for i in range(n)]  # whatever s7 says of itself
+    assert (found[7]["round"], found[7]["status"]) == (1, "ok")
     assert found[-1]["refused"] == {
         "s2": "payload_nonfinite",
         "s3": "payload_size",
@@ -214,8 +261,11 @@ def test_liars_are_named_and_do_not_touch_the_weights(tmp_path, monkeypatch):
         "s6": "flower_1",
     }
     assert "DOE" not in (tmp_path / "out" / "metrics.jsonl").read_text()
-    # the two honest sites alone give the same weights
-    serve(partitions(2), words(index, tmp_path / "alone", "federation.sites=2", "federation.rounds=1"))
+    # the honest sites alone give the same weights
+    honest = index.with_name("honest.csv")
+    frame = pd.read_csv(index)
+    frame[frame["site"].isin(found[-1]["contributors"])].to_csv(honest, index=False)
+    serve(partitions(3), words(honest, tmp_path / "alone", "federation.rounds=1"))
     one, two = (checkpoint.round_file(tmp_path / name, 1).read_bytes() for name in ("out", "alone"))
     assert one == two
 

@@ -171,15 +171,32 @@ def test_a_diverged_strategy_is_an_error_and_too_few_replies_too():
         ("fedadam", 2, {"eta": "fast"}, "number"),
         ("fedadam", 2, {"eta": -1}, "non-negative"),
         ("trimmed_mean", 2, {"beta": 0.5}, "beta"),
-        ("krum", 4, {"num_malicious_nodes": 1}, "at least 5"),
+        ("krum", 2, {"num_malicious_nodes": 4}, "at least 11"),
         ("krum", 5, {"num_malicious_nodes": 0.5}, "integer"),
-        ("bulyan", 6, {"num_malicious_nodes": 1}, "at least 7"),
+        ("bulyan", 6, {"num_malicious_nodes": 2}, "at least 11"),
         ("multikrum", 5, {"num_malicious_nodes": 1, "num_nodes_to_select": 5}, "1..4"),
     ],
 )
 def test_impossible_strategies_are_refused_before_anyone_trains(strategy, min_sites, options, says):
     with pytest.raises(ConfigError, match=says):
         Aggregator(federation(strategy, min_sites, **options))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "faulty", "needed"),
+    [
+        ("fedavg", 0, 2),
+        ("krum", 0, 3),
+        ("krum", 1, 5),
+        ("multikrum", 2, 7),
+        ("bulyan", 0, 3),
+        ("bulyan", 1, 7),
+    ],
+)
+def test_the_quorum_is_what_the_strategy_needs(strategy, faulty, needed):
+    options = {"num_malicious_nodes": faulty} if faulty else {}
+    assert Aggregator(federation(strategy, min_sites=2, **options)).quorum == needed
+    assert Aggregator(federation(strategy, min_sites=8, **options)).quorum == 8
 
 
 # ---- weights

@@ -79,7 +79,7 @@ def load_dataset(
         frame, left_out = _merged(index, data), _quarantine([])
     # Stable: among equals the source's order, never that of pseudonyms, which depend on the site's key.
     frame = frame.sort_values(["site", "split"], kind="stable", ignore_index=True)
-    store = open_pixels(_tasks(frame), data.image_size, cache_dir, reader, workers, progress)
+    store = open_pixels(_tasks(frame, data), data.image_size, cache_dir, reader, workers, progress)
     paths = frame["path"].tolist()
     failed = _quarantine([(paths[i], reason, "decode") for i, reason in store.failures])
     quarantine = pd.concat([left_out, failed], ignore_index=True)
@@ -181,18 +181,26 @@ def _merged(frame: pd.DataFrame, data: DataConfig) -> pd.DataFrame:
 
     if missing := sorted(NEEDED - set(frame.columns)):
         raise IndexSchemaError(f"index: columns {missing} are missing; it has {sorted(frame.columns)}")
-    return frame if data.merge_sites_to is None else merge_sites(frame, data.merge_sites_to)
+    if data.merge_sites_to is None or "partition" in frame:  # a cut made its own sites
+        return frame
+    return merge_sites(frame, data.merge_sites_to)
 
 
-def _tasks(frame: pd.DataFrame) -> list[Task]:
+def _tasks(frame: pd.DataFrame, data: DataConfig) -> list[Task]:
     import pandas as pd
 
     paths = frame["path"].tolist()
     if "scanner" not in frame:
         return [Task(path) for path in paths]
     scanners = pd.to_numeric(frame["scanner"], errors="coerce").tolist()  # "" in a CSV: as it is
-    rows = zip(paths, scanners, frame["image_id"].tolist(), strict=True)
-    return [Task(p) if math.isnan(s) else Task(p, int(s), zlib.crc32(i.encode())) for p, s, i in rows]
+    rows = zip(paths, scanners, strict=True)
+    return [Task(p) if math.isnan(s) else Task(p, int(s), _noise_seed(p, data)) for p, s in rows]
+
+
+def _noise_seed(path: str, data: DataConfig) -> int:
+    """Seed an image's noise by its place below ``data.root``: no random key, no folder of this machine."""
+    root = "" if data.root is None else f"{anchored(data.root)}/"
+    return zlib.crc32(path.removeprefix(root).encode())
 
 
 def _quarantine(rows: list[tuple[str, str, str]]) -> pd.DataFrame:

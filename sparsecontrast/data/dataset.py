@@ -25,7 +25,7 @@ class Dataset:
     Attributes:
         images: uint8 [N, S, S]; a memory map, or a view of one for neighbouring rows. Writing to it
             never reaches the disk.
-        frame: index rows, sorted by site, split and image_id; its index is 0..N-1.
+        frame: index rows by site and split, among equals in the order of the source; its index is 0..N-1.
         boxes: one float32 [n, 4] an image, (x, y, w, h) in pixels of ``images``.
         box_labels: one label a box.
         quarantine: what was left out: path, reason, stage.

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparsecontrast.errors import ConfigError
+from sparsecontrast.errors import ConfigError, PatientLeakError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +64,36 @@ def merge_sites(frame: "pd.DataFrame", to: int) -> "pd.DataFrame":
     if merged.equals(frame["site"]) or "source_site" in frame:
         return frame.assign(site=merged)
     return frame.assign(site=merged, source_site=frame["site"])
+
+
+def refuse_leaks(frame: "pd.DataFrame") -> None:
+    """Refuse a patient at two sites, unless the cut was made so and says it in a column ``overlap``.
+
+    Raises:
+        PatientLeakError: says how many.
+    """
+    torn = int((frame.groupby("patient_id")["site"].nunique() > 1).sum())
+    if torn and "overlap" not in frame:
+        raise PatientLeakError(
+            f"{torn} patients lie at two sites: give each patient one site, or ask for it with "
+            "python -m simulation.partition --overlap"
+        )
+
+
+def is_cut(frame: "pd.DataFrame", partition: str) -> bool:
+    """Whether an index has been cut by ``federation.partition``; its column ``partition`` tells.
+
+    Raises:
+        ConfigError: it was cut in another way.
+    """
+    if partition == "by_site" or "partition" not in frame:
+        return partition == "by_site"
+    if (was := set(frame["partition"])) != {partition}:
+        raise ConfigError(
+            f"federation.partition={partition}, but data.index was cut by "
+            f"{', '.join(sorted(map(str, was)))}: leave one of them out"
+        )
+    return True
 
 
 def _joined(parts: tuple[str, ...]) -> str:
