@@ -118,6 +118,63 @@ def test_pretrained_file_of_another_size_and_colour(tmp_path, depth):
     assert model.vit.pos_embed.shape == (1, 37, 192)
 
 
+def last_norm(vit):
+    return vit.norm if isinstance(vit.fc_norm, torch.nn.Identity) else vit.fc_norm
+
+
+def rgb_weights(folder, **options):
+    """A timm model with a last norm that can be told from a fresh one, and the file of its weights."""
+    rgb = timm.create_model("vit_tiny_patch16_224", **options)
+    torch.nn.init.normal_(last_norm(rgb).weight)
+    torch.nn.init.normal_(last_norm(rgb).bias)
+    save_file(rgb.state_dict(), folder / "weights.safetensors")
+    return rgb, str(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("theirs", ["token", "avg"])
+@pytest.mark.parametrize("ours", ["token", "avg"])
+def test_pretrained_weights_fit_whatever_the_pooling(tmp_path, theirs, ours):
+    rgb, path = rgb_weights(tmp_path, global_pool=theirs)
+    options = {"pretrained": path, "pool": ours, "patch_size": 16}
+    model = backbone(**options, img_size=96, depth=2)
+    assert len(model.vit.blocks) == 2 and model.vit.pos_embed.shape == (1, 37, 192)
+    torch.testing.assert_close(last_norm(model.vit).weight, last_norm(rgb).weight)
+    # at timm's own size, grey in one channel or in three is one function
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2, global_pool=ours).eval()
+    plain.load_state_dict(rgb.state_dict(), strict=False)
+    last_norm(plain).load_state_dict(last_norm(rgb).state_dict())
+    model, grey = backbone(**options, img_size=224, depth=2).eval(), images(2, 224)
+    torch.testing.assert_close(model(grey), plain(grey.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_the_hub_are_fitted_like_those_of_a_file(tmp_path, monkeypatch):
+    rgb, _ = rgb_weights(tmp_path)
+    real = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        torch.rand(1)  # building draws random numbers
+        return rgb if pretrained else real(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    model = backbone(pretrained=True, pool="avg")
+    after = torch.rand(1)
+    torch.testing.assert_close(model.vit.fc_norm.weight, rgb.norm.weight)
+    assert model.vit.pos_embed.shape == (1, 65, 192)
+    backbone(pretrained=False, pool="avg")
+    assert torch.rand(1) == after  # the projector starts the same, wherever the backbone comes from
+
+
+def test_weights_of_the_hub_without_a_network_are_a_clear_error(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingDataError, match="no network .* backbone.pretrained=FILE"):
+        backbone(pretrained=True)
+    with pytest.raises(ModelError, match="timm has no weights"):
+        backbone("vit_base_patch16_18x2_224", pretrained=True)
+
+
 def test_wrong_weights_and_names_are_clear_errors(tmp_path):
     with pytest.raises(MissingDataError, match="no such file"):
         backbone(pretrained=str(tmp_path / "none.safetensors"))

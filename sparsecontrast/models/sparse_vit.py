@@ -122,7 +122,7 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
 
     Raises:
         ModelError: the name is no plain timm ViT, or the weights do not fit it.
-        MissingDataError: ``pretrained`` names a file that is not there.
+        MissingDataError: ``pretrained`` names a file that is not there, or weights that cannot be fetched.
     """
     options: dict[str, Any] = {} if config.depth is None else {"depth": config.depth}
     try:
@@ -145,7 +145,7 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
 
 def _pretrained_state(config: BackboneConfig) -> dict[str, Tensor]:
     if config.pretrained is True:
-        return timm.create_model(config.name, pretrained=True).state_dict()
+        return _hub_state(config.name)
     from pathlib import Path
 
     from safetensors import SafetensorError
@@ -162,6 +162,19 @@ def _pretrained_state(config: BackboneConfig) -> dict[str, Tensor]:
         raise ModelError(f"backbone.pretrained={path}: not a whole safetensors file: {error}") from error
 
 
+def _hub_state(name: str) -> dict[str, Tensor]:
+    try:
+        with torch.random.fork_rng(devices=[]):  # the projector starts the same with and without
+            return timm.create_model(name, pretrained=True).state_dict()
+    except RuntimeError as error:
+        raise ModelError(f"backbone.pretrained=true: timm has no weights of {name}: {error}") from error
+    except Exception as error:  # the hub's client has its own errors for each way in which a fetch fails
+        raise MissingDataError(
+            f"backbone.pretrained=true: cannot fetch the weights of {name}, no network or hub off "
+            f"({type(error).__name__}): give a local safetensors file with backbone.pretrained=FILE"
+        ) from error
+
+
 def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
     """Fit RGB weights of another size to one channel, this patch and image size, this depth."""
     weight = state.get("patch_embed.proj.weight")
@@ -169,7 +182,7 @@ def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
         found = "no patch embedding" if weight is None else f"width {weight.shape[0]}"
         raise ModelError(f"backbone.pretrained: expected a ViT of width {vit.embed_dim}, found {found}")
     # the sum over RGB, not the mean: a grey image fed to all three channels gives the same token
-    state = {**state, "patch_embed.proj.weight": weight.sum(1, keepdim=True)}
+    state = {**_with_norm_of(vit, state), "patch_embed.proj.weight": weight.sum(1, keepdim=True)}
     wanted = vit.state_dict()
     state = {k: v for k, v in checkpoint_filter_fn(state, vit).items() if k in wanted}
     missing = sorted(set(wanted) - set(state))
@@ -177,6 +190,12 @@ def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
     if missing or wrong:
         raise ModelError(f"backbone.pretrained: missing {missing[:3]}, of another shape {wrong[:3]}")
     vit.load_state_dict(state)
+
+
+def _with_norm_of(vit: VisionTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name the last norm as this model does: timm calls it ``fc_norm`` where it pools by the mean."""
+    theirs, ours = ("fc_norm.", "norm.") if isinstance(vit.fc_norm, nn.Identity) else ("norm.", "fc_norm.")
+    return {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state.items()}
 
 
 def _query_attention(attn: nn.Module, x: Tensor, vit: VisionTransformer) -> Tensor:
