@@ -3,7 +3,7 @@
 The baselines, each on the same images and probes:
 
 - ``pixels``: the image area-averaged to 16 x 16. What acquisition and brightness alone give away.
-- ``random_init``: the same network, never trained.
+- ``random_init``: the same network, never trained, not even elsewhere.
 - ``local_only``: every site trains alone, as many rounds and local epochs as the federation had.
 - ``centralised``: one trainer sees all training images, which no federation may; as many rounds,
   and in each round as many images as the sites together presented (a fresh seeded draw of images
@@ -59,12 +59,13 @@ def trained_round(run: Run) -> Round:
     Raises:
         UntrainedError: there is none after round 0, or its weights are those of round 0.
         BackboneMismatchError: the weights do not fit the configured backbone.
+        CheckpointError: the run started from given weights, and round 0, which holds them, is damaged.
     """
     number = latest(run.folder)
     if not number:
         raise UntrainedError(f"{run.folder}: no round was trained, there is nothing to score")
     found = read_round(run.folder, number)
-    fresh = _shared(build_method(run.config))
+    fresh = _shared(_started(run))
     _check_fit(found.tensors, fresh, str(run.folder))
     if all(torch.equal(found.tensors[name].float(), fresh[name].float()) for name in fresh):
         raise UntrainedError(
@@ -75,7 +76,7 @@ def trained_round(run: Run) -> Round:
 
 def load_method(config: Config, tensors: Mapping[str, Tensor]):
     """Build the method of ``config`` with shared weights ``tensors``, ready to encode."""
-    method = build_method(config)
+    method = build_method(config, pretrained=False)
     _check_fit(tensors, _shared(method), "the weights")
     method.load_state_dict(dict(tensors), strict=False)
     method.eval()
@@ -86,7 +87,9 @@ def encode(
     config: Config, tensors: Mapping[str, Tensor] | None, images: np.ndarray, tick: Tick, name: str
 ) -> np.ndarray:
     """Embed uint8 images [N, S, S] -> float32 [N, D] at ``evaluation.keep``; no tensors = random init."""
-    method = build_method(config).eval() if tensors is None else load_method(config, tensors)
+    method = (
+        build_method(config, pretrained=False).eval() if tensors is None else load_method(config, tensors)
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.to(device)
     rows = []
@@ -196,7 +199,7 @@ class Baselines:
             return {n: t for n, t in kept.items() if n != "images"}, int(kept["images"])
         except CheckpointError:
             pass  # not there yet, or torn by a crash: train it
-        trainer = LocalTrainer(build_method(config), config, name)
+        trainer = LocalTrainer(_started(self.run), config, name)
         seen = 0
         for number in range(1, self.rounds + 1):
             chosen = _draw(config, len(rows), number, quotas)
@@ -236,6 +239,13 @@ def _fingerprint(
                number, name, hashlib.sha256("\n".join(patients.tolist()).encode()).hexdigest(),
                as_dict(dataclasses.replace(c.data, root=None, cache_dir=None)), quotas]  # fmt: skip
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _started(run: Run):
+    """Build the method as the run started; its start weights lie in round 0, their file may be gone."""
+    if not run.config.backbone.pretrained:
+        return build_method(run.config)
+    return load_method(run.config, read_round(run.folder, 0).tensors)
 
 
 def _shared(method: Any) -> dict[str, Tensor]:

@@ -1,11 +1,14 @@
 """A real tiny run, scored: what is refused, what is cached, what must not change a number."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import timm
+from safetensors.torch import save_file
 
 from sparsecontrast import features
 from sparsecontrast.checkpoint import read_round, round_file, write_round
@@ -21,6 +24,7 @@ from sparsecontrast.evaluation import evaluate_run, run_dataset
 from sparsecontrast.features import Baselines, encode, presented_images
 from sparsecontrast.runs import read_run
 from sparsecontrast.tasks import Task, make_table
+from sparsecontrast.trainer import TrainResult
 from tests.tiny import make_run, say_federated
 
 ALL = "evaluation.baselines=[pixels,random_init,local_only,centralised]"
@@ -234,6 +238,52 @@ def test_sites_are_those_of_the_partition_and_a_changed_data_set_is_refused(run)
     table.iloc[3:].to_csv(run / "partition.csv", index=False)
     with pytest.raises(PatientLeakError, match="3 of .* images are not in partition.csv"):
         evaluate_run(run, ["evaluation.baselines=[]"], show=False)
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A run that started from given weights, whose file is gone since."""
+    folder = tmp_path_factory.mktemp("started")
+    weights = folder / "weights.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), weights)
+    run = make_run(folder / "run", f"backbone.pretrained={weights}")
+    weights.unlink()
+    return run
+
+
+def test_given_start_weights_are_not_needed_to_evaluate_and_are_no_random_network(started, monkeypatch):
+    evaluate_run(started, [ALL], show=False)
+    opened = read_run(started)
+    assert opened.config.backbone.pretrained  # with it the network could not be built any more
+    images = run_dataset(opened, show=False).images[:5]
+    untrained = opened.config
+    untrained = dataclasses.replace(
+        untrained, backbone=dataclasses.replace(untrained.backbone, pretrained=False)
+    )
+    found, _ = Baselines(opened, 2, images, None, ()).make("random_init", lambda text: None)  # type: ignore
+    np.testing.assert_array_equal(found.models[0], encode(untrained, None, images, lambda text: None, "x"))
+
+
+def test_trained_baselines_start_from_the_weights_that_the_run_started_from(started, monkeypatch):
+    beginnings = []
+
+    def spy(self, images, patients, number, rounds):
+        beginnings.append({n: t.clone() for n, t in self.module.state_dict().items()})
+        return TrainResult(1, len(images), 0.0, {"loss": 0.0})
+
+    monkeypatch.setattr(features.LocalTrainer, "run", spy)
+    shutil.rmtree(started / "baselines", ignore_errors=True)
+    evaluate_run(started, ["evaluation.baselines=[centralised]"], show=False)
+    first = read_round(started, 0).tensors
+    assert all((beginnings[0][name] == tensor).all() for name, tensor in first.items())
+    shutil.rmtree(started / "baselines")
+
+
+def test_a_run_that_ends_with_its_given_start_weights_is_refused(started, tmp_path):
+    run = shutil.copytree(started, tmp_path / "run")
+    write_round(run, 2, read_round(run, 0).tensors, {"rows": []})
+    with pytest.raises(UntrainedError, match="nothing was learnt"):
+        evaluate_run(run, show=False)
 
 
 def test_encoding_does_not_depend_on_the_batch(trained, monkeypatch):

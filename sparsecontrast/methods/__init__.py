@@ -1,5 +1,7 @@
 """Build a method by name, deterministically from the seed."""
 
+import dataclasses
+
 import torch
 
 from sparsecontrast.config import Config
@@ -9,16 +11,22 @@ from sparsecontrast.models.sparse_vit import build_sparse_vit
 METHODS = {"sparse_contrast": SparseContrast, "dense_contrast": SparseContrast}
 
 
-def build_method(config: Config) -> SparseContrast:
+def build_method(config: Config, pretrained: bool = True) -> SparseContrast:
     """Build the method of ``config``; the same seed gives the same weights, bit for bit.
 
     torch's global generator is left as it was (timm initialises from it).
+
+    Args:
+        config: of the run.
+        pretrained: False leaves ``backbone.pretrained`` aside, its file unread: for a network that
+            stays untrained, or whose weights are loaded next.
 
     Raises:
         ModelError: the backbone cannot be built or its pretrained weights do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_sparse_vit(config.backbone, config.method.cell)
+        told = config.backbone if pretrained else dataclasses.replace(config.backbone, pretrained=False)
+        backbone = build_sparse_vit(told, config.method.cell)
         torch.nn.init.trunc_normal_(backbone.coarse, std=0.02)
         return METHODS[config.method.name](config.method, backbone)
