@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sparsecontrast import checkpoint
+from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import Config, anchored, as_dict
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.durable import write_bytes
-from sparsecontrast.errors import CheckpointError, ConfigError, TooFewImagesError
+from sparsecontrast.errors import CheckpointError, TooFewImagesError
 from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
-from sparsecontrast.runs import CONFIG, METRICS, STATE, read_config
+from sparsecontrast.resume import refuse_old_rounds, resolve
+from sparsecontrast.runs import CONFIG, METRICS, STATE
 from sparsecontrast.trainer import LocalTrainer, TrainResult
 
 TOGETHER = "all_sites"  # the name of a trainer that sees every site
@@ -30,23 +31,25 @@ def pretrain(config: Config, show: bool = True) -> Path:
     """Train ``federation.rounds`` rounds and return the run folder; ``resume=FOLDER`` continues one.
 
     Args:
-        config: of the run; a continued run takes its own again, whatever else is said.
+        config: of the run; with ``resume`` its overrides go on top of what that run was told.
         show: progress on stderr.
 
     Raises:
-        ConfigError: ``output_dir`` already holds a run.
+        ConfigError: ``output_dir`` already holds a run, there is none to continue, or an override
+            would make it another run.
         TooFewImagesError: fewer training images than ``data.min_images``.
         CheckpointError: nothing whole to continue from.
     """
-    folder = anchored(config.resume or config.output_dir)
     resumed = config.resume is not None
-    config = dataclasses.replace(
-        read_config(folder) if resumed else config, output_dir=str(folder), resume=None
-    )
-    if not resumed and checkpoint.has_rounds(folder):
-        raise ConfigError(f"{folder} already holds rounds: resume={folder}, or choose another output_dir")
+    if resumed:
+        config, _ = resolve(overrides.merge(config.overrides, [overrides.assign("resume", config.resume)]))
+    folder = anchored(config.output_dir)
+    config = dataclasses.replace(config, output_dir=str(folder))
+    refuse_old_rounds(config)
+    config = dataclasses.replace(config, resume=None)  # no word of it in the record
     images, patients = _training_images(config, folder, show)
-    trainer = LocalTrainer(build_method(config), config, config.site.name or TOGETHER)
+    method = build_method(config, pretrained=not resumed)  # a round's weights follow
+    trainer = LocalTrainer(method, config, config.site.name or TOGETHER)
     record = _Record(folder, trainer)
     done = record.restore() if resumed else record.start()
     rounds = config.federation.rounds
@@ -77,9 +80,7 @@ class _Record:
 
     def start(self) -> int:
         """Write the configuration and round 0; returns 0."""
-        config = self.trainer.config
-        text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
-        write_bytes(self.folder / CONFIG, text.encode())
+        self._configure()
         write_bytes(self.folder / METRICS, b"")
         self._keep(0, [], secrets.token_hex(16), None)
         return 0
@@ -94,6 +95,7 @@ class _Record:
         if number:
             self.trainer.load(self._state(number))
         rows = [r for n in range(1, number + 1) for r in checkpoint.read_meta(self.folder, n)["rows"]]
+        self._configure()  # rounds may be more, and the folder may lie elsewhere
         write_bytes(self.folder / METRICS, _lines(rows).encode())
         return number
 
@@ -114,6 +116,11 @@ class _Record:
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(_lines([site, whole]))
         self._state(number - 1).unlink(missing_ok=True)
+
+    def _configure(self) -> None:
+        config = self.trainer.config
+        text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
+        write_bytes(self.folder / CONFIG, text.encode())
 
     def _keep(self, number: int, rows: list[Mapping[str, Any]], key: str, parent: str | None) -> None:
         state, config = self.trainer.module.state_dict(), self.trainer.config

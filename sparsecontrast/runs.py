@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecontrast.config import Config, anchored, compose
 from sparsecontrast.errors import ConfigError, EvaluationError, MissingDataError
-from sparsecontrast.overrides import merge
+from sparsecontrast.overrides import assign, merge
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,9 @@ PARTITION = "partition.csv"
 QUARANTINE = "quarantine.csv"
 STATE = "state"  # of the simulated sites together: key of the pseudonyms, built index
 EVALUATION = "evaluation.json"
+# keys of the config that hold a path, and may hold one into the run folder
+PATHS = (("data", "root"), ("data", "index"), ("data", "cache_dir"), ("site", "state_dir"),
+         ("backbone", "pretrained"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,28 @@ def read_run(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """Compose what the run was told, then ``overrides``; a later word on the same key wins."""
-    import yaml
+    config = compose(merge(read_saved(folder)["overrides"], overrides))
+    return dataclasses.replace(config, output_dir=str(folder))
 
-    try:
-        saved = yaml.safe_load((folder / CONFIG).read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{folder / CONFIG}: not YAML ({error})") from error
-    if not isinstance(saved, Mapping):
-        raise ConfigError(f"{folder / CONFIG}: not the config of a run")
-    config = compose(merge([str(word) for word in saved.get("overrides") or ()], overrides))
-    data = config.data
-    if data.index is not None and Path(data.index).name == PARTITION and (folder / PARTITION).is_file():
-        data = dataclasses.replace(data, index=str(folder / PARTITION))  # the folder may have been moved
-    return dataclasses.replace(config, output_dir=str(folder), data=data)
+
+def read_saved(folder: Path) -> dict[str, Any]:
+    """Read ``config.yaml`` as the run would have written it here: its config, and its ``overrides``.
+
+    A run folder may be moved or copied: paths into the place where it was written become paths into
+    the folder, in the config and in the overrides.
+
+    Raises:
+        ConfigError: the file is not the config of a run.
+    """
+    saved = _saved(folder / CONFIG)
+    words = [str(word) for word in saved.get("overrides") or ()]
+    home = anchored(str(saved.get("output_dir") or folder))
+    for section, name in PATHS:
+        inside = _inside(home, (saved.get(section) or {}).get(name))
+        if inside is not None and home != folder:
+            saved[section] |= {name: str(folder / inside)}
+            words = merge(words, [assign(f"{section}.{name}", folder / inside)])
+    return saved | {"output_dir": str(folder), "overrides": words}
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -108,6 +120,26 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text()) if path.is_file() else None
     except ValueError as error:
         raise EvaluationError(f"{path}: not JSON; run `sparsecontrast evaluate` again") from error
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path}: not the config of a run")
+    return saved
+
+
+def _inside(home: Path, value: Any) -> Path | None:
+    """A path below ``home``, relative to it; None for another path, and for what is none (None, True)."""
+    path = anchored(value) if isinstance(value, str) else None
+    return path.relative_to(home) if path is not None and path.is_relative_to(home) else None
 
 
 def _last_words(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

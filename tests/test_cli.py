@@ -1,12 +1,15 @@
 """The command line: every user's error is one line and status 2, and help is light."""
 
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from sparsecontrast import checkpoint, cli
 from sparsecontrast.config import compose
@@ -147,6 +150,54 @@ def test_a_killed_pretraining_continues_bit_for_bit(function, trained, tmp_path,
     assert all((tensors(folder, 2)[n] == t).all() for n, t in tensors(trained, 2).items())
     losses = [[r["loss"] for r in read_metrics(f)] for f in (folder, trained)]
     assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def one_round(tmp_path_factory):
+    """A run of one round; tests copy it."""
+    return make_run(tmp_path_factory.mktemp("one") / "run", "federation.rounds=1")
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("seed=5", "seed was 0, is 5"),
+    ("train.lr=0.5", "train.lr was 0.001, is 0.5"),
+    ("site.name=hospital_01", "site.name was None, is 'hospital_01'"),
+])  # fmt: skip
+def test_pretraining_continued_as_another_run_is_refused(one_round, word, said, capsys):
+    before = sorted((p, p.stat().st_mtime_ns) for p in one_round.rglob("*"))
+    assert cli.main(["pretrain", f"resume={one_round}", word]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error [config]") and said in error and error.count("\n") == 1
+    assert sorted((p, p.stat().st_mtime_ns) for p in one_round.rglob("*")) == before
+
+
+def test_pretraining_of_nothing_is_not_continued(tmp_path, capsys):
+    assert cli.main(["pretrain", f"resume={tmp_path / 'nothere'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error [config]") and "no run there" in error and error.count("\n") == 1
+
+
+def test_pretraining_continues_for_more_rounds_where_its_folder_lies(one_round, tmp_path):
+    folder = shutil.copytree(one_round, tmp_path / "moved")
+    assert cli.main(["pretrain", f"resume={folder}", "federation.rounds=3"]) == 0
+    whole = [r["round"] for r in read_metrics(folder) if r["site"] is None]
+    assert whole == [1, 2, 3] and checkpoint.latest(one_round) == 1
+    # the folder remembers: what reads it knows of three rounds, and the next resume does too
+    config = read_config(folder)
+    assert (config.federation.rounds, config.resume) == (3, None)
+    assert pretrain(compose([f"resume={folder}"]), show=False) == folder
+    assert checkpoint.latest(folder) == 3
+
+
+def test_pretraining_continues_without_the_file_it_started_from(tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), weights)
+    folder = make_run(tmp_path / "run", f"backbone.pretrained={weights}", "federation.rounds=2")
+    whole = tensors(folder, 2)
+    for path in [*folder.glob("rounds/round_000[12]*"), *folder.rglob("state/round_0002*"), weights]:
+        path.unlink()
+    pretrain(compose([f"resume={folder}"]), show=False)
+    assert all((tensors(folder, 2)[n] == t).all() for n, t in whole.items())
 
 
 def test_one_site_trains_on_its_own_images(tmp_path):

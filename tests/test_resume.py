@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from server.folder import resolve
 from sparsecontrast import checkpoint
 from sparsecontrast.errors import CheckpointError, ConfigError
-from tests.federations import DirectGrid, partitions, rows, serve, words, write_images
+from sparsecontrast.overrides import assign
+from sparsecontrast.resume import resolve
+from sparsecontrast.runs import read_config
+from tests.federations import MODEL, DirectGrid, partitions, rows, serve, words, write_images
 
 ROOT = Path(__file__).parents[1]
 # times, and the length of a message that holds the path of the run
@@ -132,6 +134,56 @@ def test_a_moved_folder_continues_where_it_lies(copy, whole, cut):
     assert sorted((p, p.stat().st_mtime_ns) for p in cut.rglob("*")) == before
 
 
+@pytest.fixture(scope="module")
+def cut_by_partition(tmp_path_factory):
+    """A run of one round whose sites were cut into its own folder, with other paths into it."""
+    from simulation import run as simulation
+
+    folder = tmp_path_factory.mktemp("partition") / "m1"
+    told = [*MODEL, "federation.sites=2", "federation.rounds=1", "federation.partition=iid",
+            "data.phantom.sites=1", "data.phantom.patients_per_site=20", assign("output_dir", folder),
+            assign("data.cache_dir", folder / "kept"), assign("site.state_dir", folder / "own")]  # fmt: skip
+    return simulation.run(told, evaluation=False)
+
+
+@pytest.fixture
+def moved(cut_by_partition, tmp_path):
+    """It lies elsewhere now, and where it was is nothing."""
+    here = Path(shutil.copytree(cut_by_partition, tmp_path / "m10"))
+    hidden = cut_by_partition.rename(cut_by_partition.with_name("hidden"))
+    yield here
+    hidden.rename(cut_by_partition)
+
+
+def test_a_moved_run_that_was_cut_by_partition_continues(moved, cut_by_partition):
+    serve(partitions(2), [f"resume={moved}", "federation.rounds=2"])
+    assert checkpoint.latest(moved) == 2
+    assert not cut_by_partition.exists()
+    assert str(cut_by_partition) + "/" not in (moved / "config.yaml").read_text()
+
+
+def test_paths_into_a_moved_run_folder_move_with_it(moved):
+    config, told = resolve([f"resume={moved}"])
+    assert config.data.index == str(moved / "partition.csv")
+    assert config.data.cache_dir == str(moved / "kept") and config.site.state_dir == str(moved / "own")
+    assert assign("data.index", moved / "partition.csv") in told
+    read = read_config(moved)  # as evaluate and report read it
+    assert (read.data, read.site) == (config.data, config.site)
+    # another index, given now, is heard by one and refused by the other
+    assert read_config(moved, ["data.index=/x/partition.csv"]).data.index == "/x/partition.csv"
+    with pytest.raises(ConfigError, match=f"data.index was '{moved}/partition.csv', is '/x/partition.csv'"):
+        resolve([f"resume={moved}", "data.index=/x/partition.csv"])
+
+
+def test_a_path_beside_the_run_folder_stays(images, tmp_path):
+    (tmp_path / "m10").mkdir()
+    index = shutil.copy(images, tmp_path / "m10" / "partition.csv")
+    stop_before(1, words(index, tmp_path / "m1"))
+    (tmp_path / "m1").rename(tmp_path / "m2")
+    assert read_config(tmp_path / "m2").data.index == str(index)
+    assert resolve([f"resume={tmp_path / 'm2'}"])[0].data.index == str(index)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 def test_a_torn_last_round_is_done_again(copy, whole, suffix):
     path = checkpoint.round_file(copy, 2, suffix)
@@ -202,6 +254,14 @@ def test_free_settings_may_change_and_overrides_add_up(copy):
 def test_nothing_to_resume_is_said(tmp_path, copy):
     with pytest.raises(ConfigError, match="no run there"):
         serve(partitions(3), [f"resume={tmp_path / 'nowhere'}"])
+    for torn, said in (
+        (b"overrides: [", "not YAML"),
+        (b"\xff\xfe\xff", "not YAML"),
+        (b"- 1", "not the config"),
+    ):
+        (tmp_path / "config.yaml").write_bytes(torn)
+        with pytest.raises(ConfigError, match=said):
+            resolve([f"resume={tmp_path}"])
     for path in (copy / "rounds").glob("*.safetensors"):
         path.write_bytes(b"torn")
     with pytest.raises(CheckpointError, match="no whole round"):

@@ -1,0 +1,83 @@
+"""``resume=FOLDER``: continue what a folder's run was told, and refuse what would make it another run."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsecontrast import checkpoint, overrides
+from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.errors import ConfigError
+from sparsecontrast.runs import CONFIG, read_saved
+
+# what a continued run may change; everything else decides the weights, or who may see what
+FREE = (
+    "resume", "output_dir", "overrides", "experiment", "tensorboard", "evaluation", "data.cache_dir",
+    "federation.rounds", "federation.workers", "federation.round_timeout", "federation.connect_timeout",
+)  # fmt: skip
+
+
+def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
+    """Compose a run's config; with ``resume=FOLDER`` on top of what that folder's run was told.
+
+    Args:
+        words: overrides.
+
+    Returns:
+        The config, ``output_dir`` absolute, and the overrides that give it (without ``resume``).
+
+    Raises:
+        ConfigError: an impossible override, no run to continue, or a difference that would change
+            what the run computes.
+    """
+    config = compose(list(words))
+    if config.resume is None:
+        folder = anchored(config.output_dir)
+        words = overrides.merge(words, [overrides.assign("output_dir", folder)])
+        return dataclasses.replace(config, output_dir=str(folder)), words
+    folder = anchored(config.resume)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"resume={folder}: no run there, it has no {CONFIG}; give the output_dir of a run")
+    saved = read_saved(folder)
+    words = overrides.without(overrides.merge(saved["overrides"], list(words)), ["resume", "output_dir"])
+    words = [*words, overrides.assign("output_dir", folder)]
+    resumed = compose(words)
+    _compare(saved, as_dict(resumed), folder)
+    return dataclasses.replace(resumed, resume=str(folder), output_dir=str(folder)), words
+
+
+def refuse_old_rounds(config: Config) -> None:
+    """Keep a new run out of a folder with rounds.
+
+    Raises:
+        ConfigError: there are some, and ``resume`` was not given.
+    """
+    path = Path(config.output_dir)
+    if config.resume is None and checkpoint.has_rounds(path):
+        raise ConfigError(
+            f"{path} already holds rounds: continue them with resume={path}, or choose another output_dir"
+        )
+
+
+def _compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse a continuation that would be another run; a moved folder is no difference."""
+    before, after = dict(_leaves(saved)), dict(_leaves(now))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f"{f}.") for f in FREE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume={folder}: this would be another run: {'; '.join(changed)}. Drop the overrides that "
+            "differ, or start anew in another output_dir"
+        )
+
+
+def _leaves(tree: Any, where: str = "") -> list[tuple[str, Any]]:
+    """Flatten nested mappings to dotted keys."""
+    if isinstance(tree, Mapping) and tree:
+        return [
+            leaf for key, value in tree.items() for leaf in _leaves(value, f"{where}.{key}" if where else key)
+        ]
+    return [(where, tree)]
