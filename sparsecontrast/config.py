@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.ranges import check_ranges
 from sparsecontrast.structure import build
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+BASELINES = ("pixels", "random_init", "local_only", "centralised")
+"""What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,20 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     """
     words = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
     config = build(Config, {**_hydra(words), "overrides": tuple(words)}, "")
-    _check(config)
+    check(config)
     return config
+
+
+def check(config: Config) -> None:
+    """Refuse values that are well-typed but impossible, by themselves or beside each other.
+
+    Raises:
+        ConfigError: the first one found, with what it may be.
+    """
+    check_ranges(config)
+    for holds, message in (*_relations(config), *_evaluation_relations(config)):
+        if not holds:
+            raise ConfigError(message)
 
 
 def split_overrides(text: str) -> list[str]:
@@ -240,7 +255,7 @@ def _hydra(words: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             tree = hydra_compose("config", overrides=words, return_hydra_config=False)
         return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # a number longer than Python reads
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"overrides {words}: {reason}. {_choices()}") from error
 
@@ -251,48 +266,49 @@ def _choices() -> str:
     return "Known groups: " + "; ".join(known) + ". Any key of configs/ can be set as key=value."
 
 
-def _check(config: Config) -> None:
-    """Refuse values that are well-typed but impossible."""
+def _relations(config: Config) -> list[tuple[bool, str]]:
+    """What keys must be to each other, and what is said where they are not; ranges hold already."""
     b, m, t, f, d = config.backbone, config.method, config.train, config.federation, config.data
     cell = b.patch_size * m.cell
-    rules = [
+    return [
         (
             b.img_size % cell == 0,
             f"backbone.img_size={b.img_size}: must be a multiple of patch_size x cell = {cell}",
         ),
         (
-            1 / m.cell**2 <= m.keep <= 1,
-            f"method.keep={m.keep}: must be in [1/cell^2, 1], all coarse to dense",
+            1 / m.cell**2 <= m.keep,
+            f"method.keep={m.keep}: must be in [1/cell^2, 1] = [{1 / m.cell**2:g}, 1], all coarse to dense",
         ),
-        (0 <= m.explore < 1, f"method.explore={m.explore}: must be in [0, 1)"),
-        (m.temperature > 0, f"method.temperature={m.temperature}: must be positive"),
-        (0 <= m.momentum < 1, f"method.momentum={m.momentum}: must be in [0, 1)"),
-        (m.distill_every >= 1, f"method.distill_every={m.distill_every}: must be at least 1"),
-        (0 < m.distill_fraction <= 1, f"method.distill_fraction={m.distill_fraction}: must be in (0, 1]"),
-        (t.batch_size >= 2, f"train.batch_size={t.batch_size}: contrast needs at least 2 images"),
-        (t.local_epochs >= 1, f"train.local_epochs={t.local_epochs}: must be at least 1"),
-        (t.threads >= 1, f"train.threads={t.threads}: must be at least 1"),
         (
-            len(t.crop_area) == 2 and 0 < t.crop_area[0] <= t.crop_area[1] <= 1,
+            m.dense_start + m.dense_end <= 1,
+            f"method.dense_start + method.dense_end = {m.dense_start + m.dense_end:g}: must be at most 1",
+        ),
+        (
+            len(t.crop_area) == 2 and t.crop_area[0] <= t.crop_area[1],
             f"train.crop_area={list(t.crop_area)}: must be [low, high] with 0 < low <= high <= 1",
         ),
-        (0 <= t.rotation <= 45, f"train.rotation={t.rotation}: must be in [0, 45] degrees"),
-        (t.lr > 0, f"train.lr={t.lr}: must be positive"),
-        (f.rounds >= 1, f"federation.rounds={f.rounds}: must be at least 1"),
-        (f.sites >= 1, f"federation.sites={f.sites}: must be at least 1"),
-        (0 < f.fraction <= 1, f"federation.fraction={f.fraction}: must be in (0, 1]"),
         (
-            1 <= f.min_sites <= f.sites,
+            f.min_sites <= f.sites,
             f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
         ),
-        (0 < f.max_weight <= 1, f"federation.max_weight={f.max_weight}: must be in (0, 1]"),
-        (f.alpha > 0, f"federation.alpha={f.alpha}: must be positive"),
-        (f.workers >= 1, f"federation.workers={f.workers}: must be at least 1"),
         (
             0 < d.val_fraction + d.test_fraction < 1,
             "data.val_fraction + data.test_fraction: must be in (0, 1)",
         ),
     ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(message)
+
+
+def _evaluation_relations(config: Config) -> list[tuple[bool, str]]:
+    """What would otherwise be found after all training."""
+    e, least = config.evaluation, 1 / config.method.cell**2
+    unknown = sorted(set(e.baselines) - set(BASELINES))
+    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
+    return [
+        (not unknown, f"evaluation.baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
+        (
+            kept,
+            f"evaluation.keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], "
+            "all coarse to dense",
+        ),
+        (len(e.label_fractions) > 0, "evaluation.label_fractions=[]: must name at least one, such as [1.0]"),
+    ]

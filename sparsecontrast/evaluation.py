@@ -21,7 +21,6 @@ from sparsecontrast.features import (
     BATCH,
     Baselines,
     Budget,
-    check_settings,
     encode,
     load_method,
     presented_images,
@@ -58,7 +57,6 @@ def evaluate_run(
         UntrainedError, PatientLeakError, LabelError, ConfigError: there is nothing honest to score.
     """
     run = read_run(run_dir, overrides)
-    check_settings(run.config)
     found = trained_round(run)
     dataset = run_dataset(run, show)
     table = make_table(dataset.frame, run_sites(run, dataset))

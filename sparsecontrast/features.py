@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from sparsecontrast.checkpoint import Round, latest, read_round, read_tensors, write_tensors
-from sparsecontrast.config import Config, as_dict
+from sparsecontrast.config import Config, as_dict, check
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.errors import (
     BackboneMismatchError,
     CheckpointError,
-    ConfigError,
     TooFewImagesError,
     UntrainedError,
 )
@@ -40,7 +39,6 @@ from sparsecontrast.scoring import Features
 from sparsecontrast.tasks import Table, Task, labelled_rows
 from sparsecontrast.trainer import LocalTrainer, derive_seed
 
-BASELINES = ("pixels", "random_init", "local_only", "centralised")
 BATCH = 64
 Tick = Callable[[str], None]
 
@@ -102,24 +100,8 @@ def encode(
 
 
 def check_settings(config: Config) -> None:
-    """Refuse an ``evaluation`` section that is well-typed but impossible (ConfigError)."""
-    e, least = config.evaluation, 1 / config.method.cell**2
-    unknown = sorted(set(e.baselines) - set(BASELINES))
-    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
-    rules = [
-        (not unknown, f"baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
-        (kept, f"keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], all coarse to dense"),
-        (
-            e.label_fractions and all(0 < f <= 1 for f in e.label_fractions),
-            "label_fractions: must lie in (0, 1]",
-        ),
-        (e.bootstrap >= 1, f"bootstrap={e.bootstrap}: must be at least 1"),
-        (e.knn_neighbours >= 1, f"knn_neighbours={e.knn_neighbours}: must be at least 1"),
-        (e.overlays >= 0, f"overlays={e.overlays}: must not be negative"),
-    ]
-    for holds, message in rules:
-        if not holds:
-            raise ConfigError(f"evaluation.{message}")
+    """Refuse settings that are well-typed but impossible (ConfigError), as ``compose`` did."""
+    check(config)
 
 
 @dataclass(frozen=True)
@@ -141,7 +123,7 @@ class Baselines:
     tasks: Sequence[Task]
 
     def make(self, name: str, tick: Tick) -> tuple[Features, Budget | None]:
-        """Make one of ``BASELINES``, training it first where it is not kept yet.
+        """Make one of ``config.BASELINES``, training it first where it is not kept yet.
 
         ``tick`` is called once a trained round and once an encoded batch, ``ticks(name)`` times at most.
         """

@@ -1,6 +1,7 @@
 """Plain mappings into checked, frozen dataclasses."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ def build(cls: Any, values: Any, where: str) -> Any:
         where: the dotted path so far, for messages.
 
     Raises:
-        ConfigError: an unknown or missing name, or a value of the wrong type; says which.
+        ConfigError: an unknown or missing name, a value of the wrong type, or a number that is not
+            finite; says which.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'config'}: expected keys of {cls.__name__}, got {values!r}")
@@ -56,8 +58,28 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     elif _fits(hint, value):
-        return float(typing.cast(float, value)) if hint is float else value
+        _refuse_infinite(value, where)
+        return _as_float(value, where) if hint is float else value
     raise ConfigError(f"{where}={value!r}: expected {getattr(hint, '__name__', hint)}")
+
+
+def _as_float(value: Any, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        raise ConfigError(f"{where}={str(value)[:12]}...: must be a finite number") from None
+
+
+def _refuse_infinite(value: Any, where: str) -> None:
+    """No setting means anything at infinity or not-a-number, wherever it stands."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _refuse_infinite(inner, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _refuse_infinite(inner, f"{where}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}={value}: must be a finite number")
 
 
 def _fits(hint: Any, value: Any) -> bool:

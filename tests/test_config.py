@@ -1,9 +1,20 @@
 import dataclasses
+import math
+import typing
 
 import pytest
 
-from sparsecontrast.config import CONFIG_DIR, anchored, as_dict, compose, site_state_dir, split_overrides
+from sparsecontrast.config import (
+    CONFIG_DIR,
+    Config,
+    anchored,
+    as_dict,
+    compose,
+    site_state_dir,
+    split_overrides,
+)
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.ranges import RANGES, check_range
 
 
 def test_names_that_others_rely_on():
@@ -38,7 +49,7 @@ def test_one_string_of_overrides_as_flower_carries_it():
         ("method=nope", "sparse_contrast"),
         ("no.such.key=1", "no"),
         ("train.batch_size=many", "train.batch_size"),
-        ("train.batch_size=1", "at least 2"),
+        ("train.batch_size=1", r"train\.batch_size=1: must be in \[2, "),
         ("method.keep=0", "method.keep"),
         ("method.keep=0.1", "method.keep"),
         ("federation.fraction=1.5", "federation.fraction"),
@@ -46,6 +57,15 @@ def test_one_string_of_overrides_as_flower_carries_it():
         ("federation.payload_dtype=int3", "fp16"),
         ("backbone.img_size=100", "multiple"),
         ("data.val_fraction=0.9", "data.val_fraction"),
+        ("data.val_fraction=-0.1", "data.val_fraction"),
+        ("method.dense_start=0.96", r"dense_start \+ method.dense_end"),
+        ("train.crop_area=[0.9,0.8]", "low <= high"),
+        ("train.crop_area=[0.8]", "low <= high"),
+        ("evaluation.keep=foo", "evaluation.keep=foo: must be dense, sparse or a number in"),
+        ("evaluation.keep=0.2", r"number in \[0.25, 1\]"),
+        ("evaluation.keep=nan", "evaluation.keep=nan"),
+        ("evaluation.baselines=[pixels,foo]", r"\['foo'\]; known: pixels"),
+        ("evaluation.label_fractions=[]", "evaluation.label_fractions"),
         ("seed=0.5", "seed"),
         ("selection=best", "selection"),
         ("seed", "seed"),
@@ -54,6 +74,86 @@ def test_one_string_of_overrides_as_flower_carries_it():
 def test_bad_override_is_one_clear_error(override, says):
     with pytest.raises(ConfigError, match=says):
         compose([override])
+
+
+def numbers(cls: type = Config, where: str = "") -> dict[str, str]:
+    """Every key of the configuration that takes a number, in a list or not, and its type."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= numbers(typing.cast(type, hint), f"{where}{name}.")
+        elif {int, float} & {hint, *typing.get_args(hint)}:
+            found[where + name] = str(hint)
+    return found
+
+
+def test_every_number_has_a_range():
+    by_relation = {"evaluation.keep"}  # a name or a number that depends on the cell
+    assert set(numbers()) - by_relation == set(RANGES)
+
+
+@pytest.mark.parametrize("key", RANGES)
+def test_a_number_outside_its_range_is_refused(key):
+    low, high, ends = RANGES[key]
+    whole = "float" not in numbers()[key]
+    step = 1 if whole else 1e-3
+    wrong = [low - step if ends[0] == "[" else low]
+    wrong += [] if math.isinf(high) else [high + step if ends[1] == "]" else high]
+    for value in wrong:
+        text = f"[{value}]" if "tuple" in numbers()[key] else str(value)
+        with pytest.raises(ConfigError) as caught:
+            compose([f"{key}={text}"])
+        assert str(caught.value).startswith(f"{key}=") and ": must be in " in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key, hint in numbers().items() if "float" in hint])
+@pytest.mark.parametrize("value", ["1e400", "nan"])
+def test_a_number_that_is_not_finite_is_refused(key, value):
+    text = f"[{value}]" if "tuple" in numbers()[key] else value
+    with pytest.raises(ConfigError, match=rf"^{key}(\[0\])?=.*: must be a finite number"):
+        compose([f"{key}={text}"])
+
+
+@pytest.mark.parametrize("value", ["-1e400", "1" + "0" * 400], ids=["negative", "whole"])
+def test_infinity_of_either_sign_and_of_whole_numbers_is_refused(value):
+    with pytest.raises(ConfigError, match=r"^train\.lr=.*: must be a finite number"):
+        compose([f"train.lr={value}"])
+
+
+def test_numbers_without_a_type_of_their_own_are_finite_too():
+    with pytest.raises(ConfigError, match=r"federation\.options\.server_learning_rate=inf: must be a finite"):
+        compose(["federation.options={server_learning_rate: 1e400}"])
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks\[0\]\.labels\[1\]=nan"):
+        compose(["evaluation.tasks=[{labels: [a, nan]}]"])
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "data.phantom.seed", "backbone.img_size", "federation.rounds", "train.threads"]
+)
+def test_a_whole_number_of_many_digits_is_refused(key):
+    with pytest.raises(ConfigError, match=key):
+        compose([f"{key}={'9' * 23}"])
+
+
+def test_a_number_longer_than_python_reads_is_refused():
+    with pytest.raises(ConfigError, match="4300 digits"):
+        compose([f"seed={'9' * 5000}"])
+
+
+def test_the_ends_of_a_range_belong_to_it_or_not():
+    told = [
+        "method.explore=1",
+        "method.momentum=1",
+        "federation.connect_timeout=0",
+        "seed=9223372036854775807",
+    ]
+    config = compose([*told, "method.dense_start=0.95", "evaluation.keep=0.25", "train.crop_area=[1,1]"])
+    assert (config.method.explore, config.seed, config.train.crop_area) == (1, 2**63 - 1, (1, 1))
+    assert compose(["backbone.depth=null", "data.merge_sites_to=null"]).backbone.depth is None
+    check_range("x", 0, (0, 1, "[)"))
+    for number, ends in ((1, "[)"), (0, "(]"), (0, "()"), (math.nan, "[]")):
+        with pytest.raises(ConfigError, match=rf"x={number}: must be in \{ends[0]}0, 1\{ends[1]}"):
+            check_range("x", number, (0, 1, ends))
 
 
 CHOICES = sorted(CONFIG_DIR.glob("*/*.yaml"))

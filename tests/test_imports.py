@@ -29,7 +29,12 @@ LIBRARY = ("sparsecontrast",)
 ROOMS = {
     "sparsecontrast/errors.py": (),
     "sparsecontrast/structure.py": ("sparsecontrast.errors",),
-    "sparsecontrast/config.py": ("sparsecontrast.errors", "sparsecontrast.structure"),
+    "sparsecontrast/ranges.py": ("sparsecontrast.errors",),
+    "sparsecontrast/config.py": (
+        "sparsecontrast.errors",
+        "sparsecontrast.ranges",
+        "sparsecontrast.structure",
+    ),
     "sparsecontrast/data/": (*ERRORS, *DATA),
     "sparsecontrast/models/": (*ERRORS, *MODELS),
     "sparsecontrast/losses.py": ERRORS,

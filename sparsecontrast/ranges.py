@@ -1,0 +1,102 @@
+"""The range of every number in the configuration: one table.
+
+What one key may be on its own stands here; what two keys must be to each other stands in
+``config.check``. A value out of range would otherwise be found after all training, or never.
+"""
+
+from operator import attrgetter
+from typing import Any, Literal
+
+from sparsecontrast.errors import ConfigError
+
+INF = float("inf")  # as an open end: any finite number; ``structure.build`` lets no other through
+MANY = 10**9  # of things that are only counted
+PIXELS = 8192  # of a side: the largest detectors have about half of it
+
+Bounds = tuple[float, float, Literal["[]", "[)", "(]", "()"]]
+"""Low, high, and whether each end belongs to the range."""
+
+SHARE: Bounds = (0, 1, "[]")
+WEIGHT: Bounds = (0, INF, "[)")
+COUNT: Bounds = (1, MANY, "[]")
+SEED: Bounds = (0, 2**63 - 1, "[]")  # torch takes no more bits, numpy no sign
+
+RANGES: dict[str, Bounds] = {
+    "seed": SEED,
+    "backbone.img_size": (1, PIXELS, "[]"),
+    "backbone.patch_size": (1, PIXELS, "[]"),
+    "backbone.depth": (1, 1000, "[]"),
+    "method.keep": (0, 1, "(]"),
+    "method.cell": (1, PIXELS, "[]"),
+    "method.explore": SHARE,
+    "method.temperature": (0, INF, "()"),
+    "method.projection_dim": (1, 65536, "[]"),
+    "method.projection_hidden": (1, 65536, "[]"),
+    "method.momentum": SHARE,
+    "method.distill_weight": WEIGHT,
+    "method.distill_every": COUNT,
+    "method.distill_fraction": (0, 1, "(]"),
+    "method.entropy_floor": SHARE,
+    "method.entropy_weight": WEIGHT,
+    "method.sparsity_weight": WEIGHT,
+    "method.dense_start": SHARE,
+    "method.dense_end": SHARE,
+    "data.image_size": (1, PIXELS, "[]"),
+    "data.val_fraction": (0, 1, "[)"),
+    "data.test_fraction": (0, 1, "[)"),
+    "data.merge_sites_to": COUNT,
+    "data.min_images": COUNT,
+    "data.phantom.sites": (1, 100_000, "[]"),
+    "data.phantom.patients_per_site": (1, 100_000, "[]"),
+    "data.phantom.images_per_patient": (1, 100_000, "[]"),
+    "data.phantom.seed": SEED,
+    "federation.rounds": COUNT,
+    "federation.sites": COUNT,
+    "federation.fraction": (0, 1, "(]"),
+    "federation.proximal_mu": WEIGHT,
+    "federation.min_sites": COUNT,
+    "federation.round_timeout": (0, INF, "()"),
+    "federation.connect_timeout": (0, INF, "[)"),
+    "federation.max_weight": (0, 1, "(]"),
+    "federation.max_norm_ratio": (1, INF, "()"),  # at 1 no reply could differ from the global model
+    "federation.alpha": (0, INF, "()"),
+    "federation.workers": (1, 1024, "[]"),
+    "train.batch_size": (2, MANY, "[]"),  # contrast needs two images
+    "train.local_epochs": COUNT,
+    "train.lr": (0, INF, "()"),
+    "train.weight_decay": WEIGHT,
+    "train.warmup_rounds": SHARE,
+    "train.crop_area": (0, 1, "(]"),
+    "train.rotation": (0, 45, "[]"),
+    "train.threads": (1, 1024, "[]"),
+    "evaluation.label_fractions": (0, 1, "(]"),
+    "evaluation.bootstrap": (1, 1_000_000, "[]"),
+    "evaluation.knn_neighbours": COUNT,
+    "evaluation.overlays": (0, MANY, "[]"),
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Hold every key of ``RANGES`` to its range; None stands for no number, a tuple for each of its own.
+
+    Raises:
+        ConfigError: a value outside; says which key, and its range.
+    """
+    for key, bounds in RANGES.items():
+        value = attrgetter(key)(config)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None:
+                check_range(key, number, bounds)
+
+
+def check_range(name: str, number: float, bounds: Bounds) -> None:
+    """Refuse a number outside of its bounds; not-a-number lies outside of all.
+
+    Raises:
+        ConfigError: it lies outside; the message opens with ``name``.
+    """
+    low, high, ends = bounds
+    above = number >= low if ends[0] == "[" else number > low
+    below = number <= high if ends[1] == "]" else number < high
+    if not (above and below):
+        raise ConfigError(f"{name}={number}: must be in {ends[0]}{low}, {high}{ends[1]}")
