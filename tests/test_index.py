@@ -243,6 +243,7 @@ def test_an_index_survives_the_file(frame, tmp_path):
         ({"patient_id": ["", "b"]}, IndexSchemaError, "in every row"),
         ({"split": ["train", "valid"]}, IndexSchemaError, "'valid'"),
         ({"height": ["tall", 7]}, IndexSchemaError, "tall"),
+        ({"height": ["9" * 23, 7]}, IndexSchemaError, "i.csv: "),
         ({"label_mass": [2.0, 0.0]}, IndexSchemaError, "label_mass: only 1, 0"),
         ({"boxes": ["[]", "[1]"]}, IndexSchemaError, "boxes"),
         ({"boxes": ["[]", "{"]}, IndexSchemaError, "boxes"),
@@ -264,6 +265,40 @@ def test_a_file_that_is_no_index_is_refused(frame, tmp_path):
         read_index(tmp_path / "i.csv")
     with pytest.raises(MissingDataError, match="no such index"):
         read_index(tmp_path / "none.csv")
+
+
+def make_folder(path):
+    path.mkdir()
+
+
+def make_latin_1(path):
+    path.write_bytes("image_id,path\nä,ö\n".encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "error", "reason"),
+    [
+        (make_folder, "i.csv", MissingDataError, "cannot be read: Is a directory.*sparsecontrast index"),
+        (lambda path: path.touch(0), "i.csv/j.csv", MissingDataError, "cannot be read: Not a directory"),
+        (make_latin_1, "i.csv", IndexSchemaError, "not a table: 'utf-8'"),
+        (lambda path: path.write_bytes(b"\0\1\2\0" * 99), "i.csv", IndexSchemaError, "i.csv|not an index"),
+    ],
+)
+def test_a_path_that_is_no_readable_table_is_refused(tmp_path, make, name, error, reason):
+    make(tmp_path / "i.csv")
+    with pytest.raises(error, match=reason):
+        read_index(tmp_path / name)
+
+
+def test_an_index_that_may_not_be_read_is_refused(frame, tmp_path, monkeypatch):
+    write_index(frame, tmp_path / "i.csv")
+
+    def closed(*_, **__):  # a mode would not keep root out
+        raise PermissionError(13, "Permission denied", str(tmp_path / "i.csv"))
+
+    monkeypatch.setattr(pd, "read_csv", closed)
+    with pytest.raises(MissingDataError, match=r"i\.csv: cannot be read: Permission denied"):
+        read_index(tmp_path / "i.csv")
 
 
 def test_a_full_disk_leaves_the_old_index(frame, tmp_path, monkeypatch):

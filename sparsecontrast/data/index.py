@@ -235,8 +235,8 @@ def read_index(csv: Path) -> pd.DataFrame:
     """Read an index and check it.
 
     Raises:
-        MissingDataError: no such file.
-        IndexSchemaError: a column is missing or holds values of the wrong kind.
+        MissingDataError: no such file, or one that cannot be read, such as a folder.
+        IndexSchemaError: not a table in UTF-8, a column is missing or holds values of the wrong kind.
         PatientLeakError: a patient in two splits.
     """
     try:
@@ -244,12 +244,17 @@ def read_index(csv: Path) -> pd.DataFrame:
         frame = pd.read_csv(csv, dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise MissingDataError(f"{csv}: no such index; make one with `sparsecontrast index`") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise MissingDataError(
+            f"{csv}: cannot be read: {reason}; name the index.csv that `sparsecontrast index` made"
+        ) from error
     except ValueError as error:
         raise IndexSchemaError(f"{csv}: not a table: {error}") from error
     try:
         numbers = {name: frame[name].astype(int) for name in ("height", "width") if name in frame}
         labels = {n: pd.to_numeric(frame[n]).astype(float) for n in frame.columns if n.startswith(LABEL)}
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise IndexSchemaError(f"{csv}: {error}") from error
     frame = frame.assign(**numbers, **labels)
     _check(frame)
