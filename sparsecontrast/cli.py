@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecontrast.errors import SparseContrastError, StorageError
+from sparsecontrast.errors import ConfigError, SparseContrastError, StorageError
 
 OVERRIDES = "Hydra overrides of configs/, such as data=phantom seed=1"
+SHEET_PIXELS = 80_000_000  # above 89 million Pillow takes a picture for a bomb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,6 +103,7 @@ def _phantom(options: argparse.Namespace) -> None:
 
     from sparsecontrast.data.phantom import render
 
+    _check_sheet(options)
     rows = [
         np.concatenate(
             [render(options.seed, s, p, 0, options.size).image for p in range(options.patients)], 1
@@ -115,6 +117,21 @@ def _phantom(options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise StorageError(f"{options.out}: cannot be written: {error}") from error
     print(f"{options.out}: one row a hospital, one column a patient")
+
+
+def _check_sheet(options: argparse.Namespace) -> None:
+    """Refuse a sheet without films, and one that no viewer would open."""
+    from sparsecontrast.ranges import COUNT, PIXELS, SEED, check_range
+
+    bounds = {"sites": COUNT, "patients": COUNT, "size": (1, PIXELS, "[]"), "seed": SEED}
+    for name, allowed in bounds.items():
+        check_range(f"--{name}", getattr(options, name), allowed)
+    films = options.sites * options.patients
+    if films * options.size**2 > SHEET_PIXELS:
+        raise ConfigError(
+            f"--sites, --patients, --size: {films} films of {options.size} x {options.size} pixels, but a "
+            f"sheet has at most {SHEET_PIXELS}; ask for fewer or smaller ones"
+        )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

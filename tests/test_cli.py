@@ -54,6 +54,25 @@ def test_an_error_is_one_line_and_status_2(words, said, capsys, tmp_path, monkey
     assert error.startswith(said) and error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (["--sites", "0"], "--sites=0: must be in [1, "),
+    (["--sites", "9999999"], "9999999 films of 32 x 32 pixels"),
+    (["--patients", "0"], "--patients=0"),
+    (["--patients", "-1"], "--patients=-1"),
+    (["--size", "0"], "--size=0"),
+    (["--size", "99999"], "--size=99999"),
+    (["--seed", "-1"], "--seed=-1: must be in [0, "),
+    (["--seed", "9" * 23], "--seed="),
+    (["--sites", "100", "--patients", "100", "--size", "1024"], "10000 films of 1024 x 1024 pixels"),
+])  # fmt: skip
+def test_an_impossible_sheet_is_refused_before_anything_is_drawn(words, said, capsys, tmp_path):
+    small = ["--sites", "1", "--patients", "1", "--size", "32"]
+    assert cli.main(["phantom", "--out", str(tmp_path / "a.png"), *small, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error [config]: ") and said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_unknown_options_are_refused(capsys):
     for words in (["phantom", "--out", "x.png", "a=b"], ["report", "run", "--what"]):
         with pytest.raises(SystemExit) as stopped:
