@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsecontrast.checkpoint import Round, latest, read_round, read_tensors, write_tensors
-from sparsecontrast.config import Config, as_dict, check
+from sparsecontrast.config import Config, as_dict
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.errors import (
     BackboneMismatchError,
@@ -97,11 +97,6 @@ def encode(
         rows.append(method.encode(view, config.evaluation.keep).float().cpu().numpy())
         tick(f"{name}, image {start + len(batch)} of {len(images)}")
     return np.concatenate(rows)
-
-
-def check_settings(config: Config) -> None:
-    """Refuse settings that are well-typed but impossible (ConfigError), as ``compose`` did."""
-    check(config)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sparsecontrast.checkpoint import latest, read_round
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import SparseContrastError
 from sparsecontrast.evaluation import run_dataset, run_sites, versions
-from sparsecontrast.features import check_settings, load_method
+from sparsecontrast.features import load_method
 from sparsecontrast.overrides import key_of
 from sparsecontrast.runs import PARTITION, Run, read_evaluation, read_run
 
@@ -43,7 +43,6 @@ def write_report(run_dir: str | Path, overrides: Sequence[str] = (), show: bool 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     run = read_run(run_dir, overrides)
-    check_settings(run.config)
     evaluation = read_evaluation(run.folder)
     dataset, absent = _local_data(run, show)
     page = Environment(
