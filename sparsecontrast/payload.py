@@ -146,8 +146,8 @@ def from_npy(data: bytes) -> np.ndarray:
     """Read NPY bytes; the header is believed only if the bytes are all there.
 
     Raises:
-        PayloadError: ``size`` for truncated bytes, ``dtype`` for anything but a vector of the two
-            agreed types.
+        PayloadError: ``size`` for truncated bytes and for a header that cannot be read, ``dtype`` for
+            anything but a vector of the two agreed types.
     """
     buffer = io.BytesIO(data)
     try:
@@ -157,7 +157,7 @@ def from_npy(data: bytes) -> np.ndarray:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, fortran, dtype = read_header[version](buffer)
-    except (ValueError, KeyError, OSError, EOFError, SyntaxError) as error:
+    except Exception as error:  # the header is parsed as Python text, which can fail in any way
         raise PayloadError("size", "truncated or malformed array") from error
     if dtype not in DTYPES.values() or len(shape) != 1 or fortran:
         raise PayloadError("dtype", f"array is {dtype} of {len(shape)} dimensions, expected a float vector")

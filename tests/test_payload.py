@@ -157,6 +157,19 @@ def test_a_header_that_promises_terabytes_allocates_nothing():
     assert reason(payload.from_npy, buffer.getvalue() + b"\0" * 64) == "size"
 
 
+@pytest.mark.parametrize("text", [
+    b"(" * 9000, b"[" * 9000, b"-" * 9000 + b"1", b"1+" * 4000 + b"1j", b"\'", b"\n  1\n 2", b"{[]: 1}",
+    b"\0" * 64, b"\xff" * 64, b"",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"9" * 5000 + b",)}",
+    b"{'descr': [('a', [('b', '<f4')] * 3)], 'fortran_order': False, 'shape': (1,)}",
+])  # fmt: skip
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_hostile_header_is_refused_like_a_torn_one(text, version):
+    length = len(text).to_bytes(2 if version == 1 else 4, "little")
+    data = b"\x93NUMPY" + bytes([version, 0]) + length + text + b"\0" * 4
+    assert reason(payload.from_npy, data) == "size"
+
+
 @pytest.mark.parametrize("array", [np.array([{}], dtype=object), np.ones(3), np.ones((2, 2), np.float32)])
 def test_only_float_vectors_are_read_and_nothing_is_unpickled(array):
     buffer = io.BytesIO()
