@@ -50,7 +50,7 @@ def _hello(message: Message, sites: Sequence[Any]) -> RecordDict:
     status: dict[str, Any] = {"status": "ok", "version": _version()}
     if sites:
         status["sites"] = [site.name for site in sites]
-        status["fingerprint"] = fingerprint(_shapes(build_method(sites[0].config)))
+        status["fingerprint"] = fingerprint(_shapes(build_method(sites[0].config, pretrained=False)))
     else:
         status["idle"] = True
     return RecordDict({"status": ConfigRecord(status)})
@@ -68,7 +68,7 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     started = time.perf_counter()
     number, rounds, run_key, mu = _orders(message.content.config_records["config"])
     torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
-    method: Any = build_method(site.config)
+    method: Any = build_method(site.config, pretrained=False)  # the server's weights follow
     weights = _global_weights(message.content, _shapes(method))
     images, patients = training_images(site)
     method.load_state_dict(weights, strict=False)

@@ -7,8 +7,9 @@ A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital
     overrides: [data=generic_csv, data.root=/images]   # of data, privacy, backbone
 
 What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a
-message are dropped unread. A simulated node has only a partition number and takes the site of that
-rank from the configured data.
+message are dropped unread. So is a file of pretrained weights: weights come from the server, and how
+its reading ends would tell which files lie here. A simulated node has only a partition number and
+takes the site of that rank from the configured data.
 """
 
 import dataclasses
@@ -111,12 +112,14 @@ def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
 def _own_site(path: Path, overrides: str) -> Site:
     told = _read_site_file(path)
     heard = compose(without(split_overrides(overrides), OWN))
+    # by whatever spelling of an override it came
+    asked = dataclasses.replace(heard.backbone, pretrained=False)
     own = compose(told["overrides"])
     pinned = any(key_of(word).split(".")[0] == "backbone" for word in told["overrides"])
     state_dir = anchored(told["state_dir"])
     config = dataclasses.replace(
         heard,
-        backbone=own.backbone if pinned else heard.backbone,
+        backbone=own.backbone if pinned else asked,
         # the size is the model's need, everything else about the data is the site's
         data=dataclasses.replace(own.data, image_size=heard.data.image_size),
         privacy=own.privacy,

@@ -9,7 +9,7 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from sparsecontrast import checkpoint, payload
 from sparsecontrast.errors import PayloadError
 from sparsecontrast.overrides import assign
-from tests.federations import serve, words, write_images
+from tests.federations import MODEL, DirectGrid, serve, words, write_images
 
 SHAPES = {"backbone.w": (3, 4), "backbone.b": (4,), "saliency.s": (), "backbone.a": (2, 1, 2)}
 
@@ -214,7 +214,6 @@ def messages(sent):
 def test_the_only_tensors_that_leave_are_the_allowed_ones(left_the_site):
     from sparsecontrast.config import compose
     from sparsecontrast.methods import build_method
-    from tests.federations import MODEL
 
     _, sent = left_the_site
     method = build_method(compose(list(MODEL)))
@@ -306,7 +305,7 @@ def test_orders_of_a_hostile_server_are_refused(tmp_path, change, code):
     from client.app import app
     from server.conversation import ask, status_of
     from sparsecontrast.overrides import join
-    from tests.federations import DirectGrid, partitions
+    from tests.federations import partitions
 
     index = write_images(tmp_path / "images", {"x": 4})
     told = join(words(index, tmp_path / "run", "federation.sites=1", "federation.min_sites=1"))
@@ -324,3 +323,51 @@ def test_orders_of_a_hostile_server_are_refused(tmp_path, change, code):
     answers = ask(DirectGrid(partitions(1), app), {"x": (10, content)}, "train", 30, "1")
     assert status_of(answers.replies["x"])[1] == code
     assert not list(tmp_path.rglob("round_*"))
+
+
+@pytest.mark.parametrize("spelling", ["backbone.pretrained={0}", "++backbone.pretrained={0}",
+                                      "backbone={{pretrained: {0}}}"])  # fmt: skip
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_server_cannot_ask_which_files_lie_at_a_site(tmp_path, monkeypatch, spelling, pinned):
+    import os
+
+    import yaml
+
+    site, index = tmp_path / "site.yaml", write_images(tmp_path / "images", {"x": 5})
+    own = [assign("data.index", index), "data.min_images=2", *(MODEL[:3] if pinned else ())]
+    site.write_text(yaml.safe_dump({"name": "x", "state_dir": str(tmp_path / "state"), "overrides": own}))
+    secret, looked, real = tmp_path / "secret.safetensors", [], os.stat
+    secret.write_bytes(b"no weights")
+    monkeypatch.setattr(os, "stat", lambda path, *a, **k: looked.append(str(path)) or real(path, *a, **k))
+    rounds = []
+    for path in (secret, tmp_path / "missing.safetensors", "/etc/passwd", "true"):
+        told = [w for w in words(index, tmp_path / "run") if not w.startswith(("data.", "output_dir"))]
+        rounds.append(answers_of(site, [*told, spelling.format(path)]))
+    assert rounds[0][0]["status"] == rounds[0][1]["status"] == "ok"
+    assert all(found == rounds[0] for found in rounds[1:])
+    assert not {p for p in looked if "secret" in p or "missing" in p or "passwd" in p}
+    assert secret.is_file() and str(secret) in looked  # the spy would have seen it
+
+
+def answers_of(site, told):
+    """What a site says to a greeting and to a first round's orders: status records, without the times."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    from client.app import app
+    from server.conversation import ask
+    from sparsecontrast.config import compose
+    from sparsecontrast.methods import build_method
+    from sparsecontrast.overrides import join
+
+    method = build_method(compose(list(MODEL)))
+    state, allowed = method.state_dict(), method.shared_parameters()
+    start = payload.pack({n: state[n] for n in allowed}, allowed, "fp32")
+    array = Array(str(start.flat.dtype), start.flat.shape, "numpy.ndarray", payload.to_npy(start.flat))
+    orders = {"round": 1, "rounds": 2, "run_key": "0" * 32, "proximal_mu": 0.0, "overrides": join(told)}
+    content = {"manifest": ConfigRecord(start.manifest), "arrays": ArrayRecord({"flat": array})}
+    grid, found = DirectGrid([{"site-config": str(site)}], app), []
+    for action, more in (("query.hello", {}), ("train", content)):
+        message = RecordDict({"config": ConfigRecord({**orders, "site": "x"}), **more})
+        reply = ask(grid, {"x": (10, message)}, action, 60, "1").replies["x"]
+        found.append(dict(reply.config_records["status"]))
+    return found
