@@ -11,8 +11,8 @@ def info_nce(first: Tensor, second: Tensor, temperature: float, patients: Tensor
     """Symmetric InfoNCE with in-batch negatives (van den Oord et al. 2018, eq. 4).
 
     Row i's positive is the other view's row i; its negatives are the other view's other rows. Rows of
-    the same patient are no negatives of each other. Chance level is ``ln(B)`` when all patients
-    differ. Row i's loss depends on every row: never use it under per-sample privacy.
+    the same patient are no negatives of each other. ``chance_level`` says what a blind guess costs.
+    Row i's loss depends on every row: never use it under per-sample privacy.
 
     Args:
         first: embeddings of the first views [B, D], any norm.
@@ -26,11 +26,23 @@ def info_nce(first: Tensor, second: Tensor, temperature: float, patients: Tensor
     a, b = F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
     logits = a @ b.T / temperature
     if patients is not None:
-        same = patients[:, None] == patients[None, :]
-        logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
+        logits = logits.masked_fill(_spared(patients), -torch.inf)
     target = torch.arange(len(a), device=a.device)
     forward = F.cross_entropy(logits, target, reduction="none")
     return 0.5 * (forward + F.cross_entropy(logits.T, target, reduction="none"))
+
+
+def chance_level(patients: Tensor) -> Tensor:
+    """Mean of ``info_nce`` where all embeddings are one: of ln(1 + negatives) over the rows of [B] patients.
+
+    ``ln(B)`` when all patients differ, less where rows share a patient.
+    """
+    return (~_spared(patients)).sum(1).log().mean()
+
+
+def _spared(patients: Tensor) -> Tensor:
+    """Pairs of rows that are no negatives of each other, [B, B]: other rows of the same patient."""
+    return (patients[:, None] == patients[None, :]).fill_diagonal_(False)
 
 
 def distillation(scores: Tensor, attention: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sparsecontrast.runs import QUARANTINE, STATE, Run, read_table
 if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
 
-PLATEAU = 0.98  # a contrast loss above this share of ln(batch) has not left its chance level
+PLATEAU = 0.98  # a contrast loss above this share of its chance level has not left it
 MOST_FINDINGS = 7  # parts of one bar with a colour of their own; the eighth is for the rest
 _PATH = re.compile(r"(?<![\w.])[~.]{0,2}/[^\s'\",;:]+")
 
@@ -27,13 +27,13 @@ def trained_alone(run: Run) -> bool:
 
 
 def curves(run: Run) -> dict[str, Any]:
-    """Loss of every site and of the federation; contrast losses against ln(batch); keep."""
+    """Loss of every site and of the federation; contrast losses against their chance level; keep."""
     loss = "contrast" if any("contrast" in r for r in run.sites) else "loss"
     lines = [Line(str(s), *_series(rows, loss), "thin", 0) for s, rows in _by_site(run).items()]
     mean, chance = _mean(run, loss), _mean(run, "chance_loss")
     many = len(lines) > 1
     main = [Line("weighted mean of hospitals" if many else "loss", *mean, "main", 0)]
-    main += [Line("chance level, ln(batch)", *chance, "dashed", 1)] if chance[0] else []
+    main += [Line("chance level, ln(1 + negatives)", *chance, "dashed", 1)] if chance[0] else []
     label = "contrastive loss" if loss == "contrast" else "loss"
     keep = Line("share of tokens computed", *_mean(run, "keep"))
     drawn = [*(lines if many else []), *main]

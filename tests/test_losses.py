@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +36,17 @@ def test_info_nce_equals_brute_force_and_spares_the_same_patient():
 def test_info_nce_of_collapsed_embeddings_is_chance():
     z = torch.ones(8, 3)
     torch.testing.assert_close(losses.info_nce(z, z, 0.1), torch.full((8,), math.log(8)))
+    torch.testing.assert_close(losses.chance_level(torch.arange(8)), torch.tensor(math.log(8)))
+
+
+@pytest.mark.parametrize("codes", [[0, 1, 1, 2, 3, 3], [0, 1] * 4, [5, 5, 5, 5, 2], [7, 7]])
+def test_chance_level_counts_only_negatives(codes):
+    patients = torch.tensor(codes)
+    negatives = [sum(other != code for other in codes) for code in codes]
+    expected = sum(math.log(1 + n) for n in negatives) / len(codes)
+    assert losses.chance_level(patients).item() == pytest.approx(expected, abs=1e-6)
+    z = torch.ones(len(codes), 3)
+    assert losses.info_nce(z, z, 0.1, patients).mean().item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_distillation_is_zero_only_at_the_target_and_gives_the_target_no_gradient():

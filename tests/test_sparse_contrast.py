@@ -31,6 +31,15 @@ def test_loss_is_one_value_a_row_and_starts_near_chance():
     assert 0 < loss.mean() < 2 * math.log(8)
 
 
+def test_the_chance_level_told_is_that_of_the_batchs_patients():
+    m = method()
+    m(batch(8))
+    assert m.metrics()["chance_loss"] == pytest.approx(math.log(8))
+    m(dataclasses.replace(batch(8), patients=torch.tensor([0, 0, 1, 1, 1, 2, 3, 4])))
+    expected = (2 * math.log(7) + 3 * math.log(6) + 3 * math.log(8)) / 8
+    assert m.metrics()["chance_loss"] == pytest.approx(expected)
+
+
 def test_losses_keep_their_precision_under_autocast():
     m = method("method.distill_every=1")
     m.start_round(1, 20)

@@ -17,7 +17,6 @@ the learned scores by a baseline. InfoNCE couples the rows of a batch, so ``per_
 """
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +60,7 @@ class SparseContrast(nn.Module):
         )
         self.teacher = copy.deepcopy(backbone).requires_grad_(False)
         self.keep = 1.0
-        self._last: dict[str, Tensor | float] = {}
+        self._last: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each row [B].
@@ -76,7 +75,8 @@ class SparseContrast(nn.Module):
         # bf16 autocast would round similarities and log-probabilities to three digits
         with torch.autocast(batch.first.device.type, enabled=False):
             contrast = losses.info_nce(z[0], z[1], self.config.temperature, batch.patients)
-            self._last = {"contrast": contrast.detach().mean(), "chance_loss": math.log(len(contrast))}
+            chance = losses.chance_level(batch.patients)
+            self._last = {"contrast": contrast.detach().mean(), "chance_loss": chance}
             return contrast + self._scorer_terms(scores, target)
 
     def start_round(self, round_number: int, rounds: int) -> None:
