@@ -26,6 +26,7 @@ from sparsecontrast.overrides import key_of, without
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
 
     from sparsecontrast.data.cache import Dataset
 
@@ -177,12 +178,25 @@ def _site_names(config: Config) -> list[str]:
     from sparsecontrast.data.cache import load_rows
 
     state_dir = _shared_state(config)
-    key = repr((config.data, str(state_dir)))
+    key = repr((config.data, config.federation.partition, str(state_dir)))
     if key not in _names:
         frame, _ = load_rows(config.data, state_dir, progress=False)
+        _check_cut(frame, config.federation.partition)
         _names.clear()
         _names[key] = sorted(set(frame["site"].astype(str)))
     return _names[key]
+
+
+def _check_cut(frame: "pd.DataFrame", partition: str) -> None:
+    """Refuse an index that is not cut as configured: its sites would not be the ones reported."""
+    from sparsecontrast.data.sites import is_cut, refuse_leaks
+
+    if not is_cut(frame, partition):
+        raise ConfigError(
+            f"federation.partition={partition}: data.index is not cut so; run "
+            "`python -m simulation.partition OVERRIDES --out FILE`, then give data.index=FILE"
+        )
+    refuse_leaks(frame)
 
 
 def _dataset(site: Site) -> "Dataset":

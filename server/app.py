@@ -54,7 +54,7 @@ def run(grid: Grid, words: list[str]) -> None:
             "Run `python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
         )
     Aggregator(config.federation)  # its complaints come before anyone is asked to wait
-    method = build_method(config)
+    method = build_method(config, pretrained=config.resume is None)  # a continued run has its own weights
     names = sorted(method.shared_parameters())
     weights, strategy = initial_weights(method, names), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -111,6 +111,7 @@ def partition(run: Run, dataset: "Dataset | None") -> dict[str, Any] | None:
     if dataset is None:
         return None
     frame = dataset.frame
+    cut = "partition" in frame and len(frame) > 0
     sites = sorted(frame["site"].astype(str).unique())
     splits = ("train", "val", "test")
     table = frame.groupby(["site", "split"]).size()
@@ -130,8 +131,8 @@ def partition(run: Run, dataset: "Dataset | None") -> dict[str, Any] | None:
             "positive labels of each hospital",
             "images with the finding (an image may have several)",
         ),
-        "rule": run.config.federation.partition,
-        "merged": run.config.data.merge_sites_to,
+        "rule": str(frame["partition"].iloc[0]) if cut else run.config.federation.partition,
+        "merged": None if cut else run.config.data.merge_sites_to,
     }
 
 

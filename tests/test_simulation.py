@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from simulation import partition
 from simulation import run as simulation
 from simulation.grid import LocalGrid
 from sparsecontrast import checkpoint, overrides
@@ -376,6 +377,17 @@ def test_a_cut_that_is_missing_is_asked_for(images, tmp_path):
     told = overrides.without(told, ["data.index"])
     with pytest.raises(ConfigError, match=r"simulation.partition .* data.index=FILE"):
         serve(partitions(3), told)
+
+
+def test_an_index_that_is_not_cut_as_told_is_refused_by_the_sites(images, tmp_path):
+    told = words(images, tmp_path / "out", "federation.partition=iid", "federation.connect_timeout=1")
+    with pytest.raises(FederationError, match="3 x config"):
+        serve(partitions(3), told)
+    assert "not cut so" in next((tmp_path / "out" / "sites").glob("*/client.log")).read_text()
+    other = tmp_path / "quantity.csv"
+    assert partition.main([*told, "federation.partition=quantity", "--out", str(other)]) == 0
+    with pytest.raises(ConfigError, match="was cut by quantity"):
+        simulation.run([*told, f"data.index={other}"], evaluation=False)
 
 
 def test_a_full_disk_ends_the_run_with_a_storage_error(images, tmp_path, monkeypatch):
