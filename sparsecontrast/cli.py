@@ -73,13 +73,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     from sparsecontrast.config import compose
     from sparsecontrast.pretrain import pretrain
 
-    config = compose(options.overrides)
-    folder = pretrain(config)
-    if config.tensorboard:
-        from sparsecontrast.tensorboard import write_tensorboard
-
-        write_tensorboard(folder)
-    print(f"run folder: {folder}")
+    print(f"run folder: {pretrain(compose(options.overrides))}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

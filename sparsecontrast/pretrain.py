@@ -22,6 +22,7 @@ from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
 from sparsecontrast.resume import refuse_old_rounds, resolve
 from sparsecontrast.runs import CONFIG, METRICS, STATE
+from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import LocalTrainer, TrainResult
 
 TOGETHER = "all_sites"  # the name of a trainer that sees every site
@@ -58,6 +59,8 @@ def pretrain(config: Config, show: bool = True) -> Path:
             result = trainer.run(images, patients, number, rounds)
             record.add(number, result, len(images))
             tick(f"round {number}, loss {result.metrics['loss']:.4f}")
+    if config.tensorboard:
+        write_tensorboard(folder)
     return folder
 
 
