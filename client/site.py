@@ -4,7 +4,7 @@ A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital
 
     name: st-elsewhere
     state_dir: /var/lib/sparsecontrast      # ledger, optimizer, projector, client.log
-    overrides: [data=generic_csv, data.root=/images]   # of data, privacy, backbone
+    overrides: [data=csv, data.root=/images]   # of data, privacy, backbone
 
 What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a
 message are dropped unread. So is a file of pretrained weights: weights come from the server, and how
