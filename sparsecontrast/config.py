@@ -38,10 +38,12 @@ class MethodConfig:
     """A pretraining method; ``configs/method/*.yaml`` explains every field."""
 
     name: Literal["sparse_contrast", "dense_contrast"]
-    selection: Literal["learned", "random", "centre", "energy"]
+    selection: Literal["surprise", "attention", "random", "centre", "energy"]
     keep: float
     cell: int
     explore: float
+    surprise_weight: float
+    centre_prior: float
     temperature: float
     projection_dim: int
     projection_hidden: int

@@ -29,6 +29,8 @@ RANGES: dict[str, Bounds] = {
     "method.keep": (0, 1, "(]"),
     "method.cell": (1, PIXELS, "[]"),
     "method.explore": SHARE,
+    "method.surprise_weight": WEIGHT,
+    "method.centre_prior": WEIGHT,
     "method.temperature": (0, INF, "()"),
     "method.projection_dim": (1, 65536, "[]"),
     "method.projection_hidden": (1, 65536, "[]"),

@@ -24,7 +24,7 @@ def batch(n=4, step=0, seed=0):
 
 
 def test_loss_is_one_value_a_row_and_starts_near_chance():
-    m = method("method.distill_weight=0", "method.sparsity_weight=0", "method.entropy_weight=0")
+    m = method("method.surprise_weight=0")
     m.start_round(10, 20)
     loss = m(batch(8))
     assert loss.shape == (8,)
@@ -41,7 +41,7 @@ def test_the_chance_level_told_is_that_of_the_batchs_patients():
 
 
 def test_losses_keep_their_precision_under_autocast():
-    m = method("method.distill_every=1")
+    m = method("selection=attention", "method.distill_every=1")
     m.start_round(1, 20)
     exact = m(batch(8)).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -51,7 +51,7 @@ def test_losses_keep_their_precision_under_autocast():
     assert m.metrics()["distillation"] >= 0
 
 
-@pytest.mark.parametrize("selection", ["learned", "random", "centre", "energy"])
+@pytest.mark.parametrize("selection", ["surprise", "attention", "random", "centre", "energy"])
 def test_tokens_in_the_blocks_follow_the_schedule(selection):
     m = method(f"selection={selection}", "method.distill_weight=0")
     seen = []
@@ -88,7 +88,7 @@ def test_training_explores_and_inference_is_deterministic():
 
 
 def test_scorer_learns_from_the_teacher_and_from_the_task():
-    off = ["method.sparsity_weight=0", "method.entropy_weight=0"]
+    off = ["selection=attention", "method.sparsity_weight=0", "method.entropy_weight=0"]
     for overrides, step, learns in (
         (["method.distill_weight=1"], 0, True),  # teacher, also while dense
         (["method.distill_weight=1"], 1, False),  # not a distillation step
@@ -106,7 +106,8 @@ def test_scorer_learns_from_the_teacher_and_from_the_task():
 
 def test_distillation_pulls_the_scores_to_the_teachers_attention():
     torch.manual_seed(0)
-    m = method("method.sparsity_weight=0", "method.entropy_weight=0", "method.distill_every=1")
+    weights = ["method.sparsity_weight=0", "method.entropy_weight=0", "method.distill_every=1"]
+    m = method("selection=attention", *weights)
     m.start_round(1, 20)
     optimizer = torch.optim.Adam(m.saliency.parameters(), lr=3e-3)
     values = []
@@ -118,8 +119,30 @@ def test_distillation_pulls_the_scores_to_the_teachers_attention():
     assert values[-1] < 0.7 * values[0]
 
 
+def test_the_scorers_own_loss_moves_the_scorer_alone():
+    m = method()
+    m.start_round(10, 20)
+    m(batch()).sum().backward()
+    scorer = [p.grad.clone() for p in m.saliency.parameters()]
+    assert all(g.abs().sum() > 0 for g in scorer)
+    shared = m.backbone.vit.cls_token.grad.clone()
+    alone = method("method.surprise_weight=0")  # the same weights, the same cells
+    alone.start_round(10, 20)
+    alone._learned = m._learned
+    alone.config = m.config
+    alone._read = lambda view: (m.saliency(view), torch.zeros(len(view)))
+    alone(batch()).sum().backward()
+    torch.testing.assert_close(alone.backbone.vit.cls_token.grad, shared)
+    assert math.isfinite(m.metrics()["surprise"])
+
+
+def test_without_distillation_there_is_no_teacher_to_feed():
+    assert method().teacher is None
+    assert not any(n.startswith("teacher.") for n in method().state_dict())
+
+
 def test_teacher_follows_slowly_and_never_trains():
-    m = method("method.momentum=0.9")
+    m = method("selection=attention", "method.momentum=0.9")
     before = m.teacher.vit.cls_token.clone()
     with torch.no_grad():
         m.backbone.vit.cls_token += 1
@@ -131,7 +154,7 @@ def test_teacher_follows_slowly_and_never_trains():
 
 
 def test_only_backbone_and_scorer_are_shared():
-    m = method()
+    m = method("selection=attention")
     shared = m.shared_parameters()
     assert {n.split(".")[0] + "." for n in shared} == set(SHARED)
     assert set(m.state_dict()) - set(shared) == {
@@ -158,7 +181,7 @@ def test_look_keeps_distinct_cells_of_the_grid():
     assert all(len(set(row)) == 5 for row in look.kept.tolist())
 
 
-@pytest.mark.parametrize("selection", ["learned", "centre"])
+@pytest.mark.parametrize("selection", ["surprise", "attention", "centre"])
 def test_excluded_border_is_not_kept(selection):
     m = method(f"selection={selection}")
     x = batch().first.clone()

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -57,10 +58,15 @@ class SparseViT(nn.Module):
         vit = self.vit
         if kept is None:
             return vit.forward_head(vit.forward_features(images), pre_logits=True)
-        x = vit.norm(vit.blocks(self.embed(images, kept, gate)))
+        x = self.embed(images, kept, gate)
+        areas = self._areas(kept.shape[1], x)
+        bias = areas.log().to(_attention_dtype(x))[None, None, None]
+        for block in vit.blocks.children():
+            x = block(x, attn_mask=bias)
+        x = vit.norm(x)
         if vit.global_pool == "token":
             return vit.forward_head(x, pre_logits=True)
-        return vit.head_drop(vit.fc_norm(self._area_mean(x, kept.shape[1])))
+        return vit.head_drop(vit.fc_norm(self._area_mean(x, areas)))
 
     def embed(self, images: Tensor, kept: Tensor, gate: Tensor | None = None) -> Tensor:
         """Return the input tokens [B, prefix + cell^2 m + (cells - m), D]: fine, then coarse."""
@@ -68,13 +74,15 @@ class SparseViT(nn.Module):
         patch = vit.patch_embed.patch_size[0]
         rest = tokens.complement(kept, self.num_cells)
         prefix, table = self._position_table()
-        places = self.positions[kept].flatten(1)  # type: ignore[index]
-        fine = self._project(tokens.gather(tokens.cell_patches(images, patch, cell), kept).flatten(1, 2))
+        fine = tokens.kept_patches(images, patch, cell, kept)
+        coarse = tokens.gather(tokens.coarse_patches(images, patch, cell), rest)
+        body = self._project(torch.cat([fine, coarse], dim=1))
         if gate is not None:
-            fine = fine * gate.repeat_interleave(cell * cell, dim=1)[..., None].to(fine.dtype)
-        coarse = self._project(tokens.gather(tokens.coarse_patches(images, patch, cell), rest)) + self.coarse
-        coarse = coarse + table[self.positions].mean(1)[rest]  # type: ignore[index]
-        body = torch.cat([fine + table[places], coarse], dim=1)
+            factors = F.pad(gate.repeat_interleave(cell * cell, dim=1), (0, rest.shape[1]), value=1.0)
+            body = body * factors[..., None].to(body.dtype)
+        places = torch.cat([table, table[self.positions].mean(1) + self.coarse[0]])  # type: ignore[index]
+        index = torch.cat([self.positions[kept].flatten(1), rest + len(table)], dim=1)  # type: ignore[index]
+        body = body + places[index]
         heads = prefix.expand(images.shape[0], -1, -1).to(body.dtype)
         return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
 
@@ -92,12 +100,17 @@ class SparseViT(nn.Module):
         cells = total[:, self.positions].sum(-1)  # type: ignore[index]
         return cells / cells.sum(1, keepdim=True)
 
-    def _area_mean(self, x: Tensor, m: int) -> Tensor:
-        """Mean over the image's area: a coarse token counts for the cell^2 patches it stands for."""
+    def _areas(self, m: int, like: Tensor) -> Tensor:
+        """Patches that each token stands for, [prefix + cell^2 m + (cells - m)]."""
         area = self.cell**2
-        body = x[:, self.vit.num_prefix_tokens :]
-        total = body[:, : area * m].sum(1) + area * body[:, area * m :].sum(1)
-        return total / (area * self.num_cells)
+        areas = torch.ones(self.vit.num_prefix_tokens + area * m + self.num_cells - m, device=like.device)
+        areas[len(areas) - (self.num_cells - m) :] = area
+        return areas
+
+    def _area_mean(self, x: Tensor, areas: Tensor) -> Tensor:
+        """Mean over the image's area: a coarse token counts for the cell^2 patches it stands for."""
+        weights = areas[self.vit.num_prefix_tokens :].to(x.dtype)
+        return torch.einsum("bnd,n->bd", x[:, self.vit.num_prefix_tokens :], weights / weights.sum())
 
     def _project(self, patches: Tensor) -> Tensor:
         """The patch embedding as one matrix product: [B, K, C * patch^2] -> [B, K, D]."""
@@ -196,6 +209,12 @@ def _with_norm_of(vit: VisionTransformer, state: dict[str, Tensor]) -> dict[str,
     """Name the last norm as this model does: timm calls it ``fc_norm`` where it pools by the mean."""
     theirs, ours = ("fc_norm.", "norm.") if isinstance(vit.fc_norm, nn.Identity) else ("norm.", "fc_norm.")
     return {ours + k.removeprefix(theirs) if k.startswith(theirs) else k: v for k, v in state.items()}
+
+
+def _attention_dtype(x: Tensor) -> torch.dtype:
+    """The type that queries and keys will have: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _query_attention(attn: nn.Module, x: Tensor, vit: VisionTransformer) -> Tensor:

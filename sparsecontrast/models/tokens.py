@@ -27,11 +27,25 @@ def cell_patches(images: Tensor, patch: int, cell: int) -> Tensor:
 
     Within a cell the patches run row by row.
     """
-    b = images.shape[0]
-    cells = patchify(images, patch * cell)
-    c = images.shape[1]
-    square = cells.reshape(-1, c, patch * cell, patch * cell)
-    return patchify(square, patch).reshape(b, -1, cell * cell, c * patch * patch)
+    b, c = images.shape[:2]
+    return _cell_view(images, patch, cell).reshape(b, -1, cell * cell, c * patch * patch)
+
+
+def kept_patches(images: Tensor, patch: int, cell: int, kept: Tensor) -> Tensor:
+    """Copy the fine patches of cells ``kept`` [B, m], and no other pixel: [B, m * cell^2, C * patch^2]."""
+    b, c, _, width = images.shape
+    columns = width // (patch * cell)
+    rows = torch.arange(b, device=images.device)[:, None]
+    fine = _cell_view(images, patch, cell)[rows, kept // columns, kept % columns]
+    return fine.reshape(b, -1, c * patch * patch)
+
+
+def _cell_view(images: Tensor, patch: int, cell: int) -> Tensor:
+    """View images [B, C, H, W] as [B, rows, columns, cell, cell, C, patch, patch], nothing copied."""
+    b, c, h, w = images.shape
+    side = patch * cell
+    x = images.reshape(b, c, h // side, cell, patch, w // side, cell, patch)
+    return x.permute(0, 2, 5, 3, 6, 1, 4, 7)
 
 
 def cell_positions(grid: tuple[int, int], cell: int) -> Tensor:
@@ -43,7 +57,18 @@ def cell_positions(grid: tuple[int, int], cell: int) -> Tensor:
 
 def coarse_patches(images: Tensor, patch: int, cell: int) -> Tensor:
     """Mean-pool the image ``cell`` times and cut it into patches: one per cell, [B, cells, C * patch^2]."""
-    return patchify(F.avg_pool2d(images, cell), patch)
+    return patchify(shrink(images, cell), patch)
+
+
+def shrink(images: Tensor, factor: int) -> Tensor:
+    """Mean-pool images [B, C, H, W] by ``factor``, which divides H and W.
+
+    Halving by strided sums takes a quarter of the time of ``avg_pool2d`` on a CPU.
+    """
+    while factor % 2 == 0:
+        rows = images[..., ::2, :] + images[..., 1::2, :]
+        images, factor = (rows[..., ::2] + rows[..., 1::2]) * 0.25, factor // 2
+    return images if factor == 1 else F.avg_pool2d(images, factor)
 
 
 def fine_cells(keep: float, num_cells: int, cell: int) -> int:
@@ -93,8 +118,9 @@ def explore_top_k(scores: Tensor, k: int, explore: float, generator: torch.Gener
 
 def complement(kept: Tensor, n: int) -> Tensor:
     """Indices [B, n - k] that ``kept`` [B, k] leaves out of 0..n-1, ascending."""
-    mask = torch.ones(kept.shape[0], n, dtype=torch.bool, device=kept.device).scatter(1, kept, False)
-    return mask.nonzero()[:, 1].reshape(kept.shape[0], n - kept.shape[1])
+    # a stable sort, not nonzero: its shape does not depend on the data, so it compiles and never waits
+    mask = torch.zeros(kept.shape[0], n, dtype=torch.uint8, device=kept.device).scatter(1, kept, 1)
+    return torch.sort(mask, dim=1, stable=True).indices[:, : n - kept.shape[1]]
 
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:
