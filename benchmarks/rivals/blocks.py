@@ -14,6 +14,11 @@ from torch import Tensor
 from sparsecontrast.models import tokens
 
 
+def layers(vit: VisionTransformer) -> list[Any]:
+    """Name the blocks one by one, first to last."""
+    return list(vit.blocks.children())
+
+
 def start(vit: VisionTransformer, images: Tensor, kept: Tensor | None = None) -> Tensor:
     """Return the first block's input [B, N, D]; with ``kept`` [B, K] only these patches are embedded.
 

@@ -68,7 +68,7 @@ class DynamicViT(nn.Module):
         """
         vit = self.vit
         x = blocks.start(vit, images)
-        for number, block in enumerate(vit.blocks):
+        for number, block in enumerate(blocks.layers(vit)):
             if number in self.layers and self.rate < 1:
                 stage = self.layers.index(number)
                 head, patches = blocks.split_prefix(vit, x)

@@ -33,7 +33,7 @@ def evit(vit: VisionTransformer, images: Tensor, rate: float, layers: Sequence[i
         layers: 0-based; one layer is the single-stage variant.
     """
     x = blocks.start(vit, images)
-    for number, block in enumerate(vit.blocks):
+    for number, block in enumerate(blocks.layers(vit)):
         if number not in layers or rate == 1:
             x = block(x)
             continue

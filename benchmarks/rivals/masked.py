@@ -17,7 +17,7 @@ def masked(vit: VisionTransformer, images: Tensor, kept: Tensor) -> Tensor:
     seen = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     seen[:, :prefix] = True
     seen.scatter_(1, kept + prefix, True)
-    for block in vit.blocks:
+    for block in blocks.layers(vit):
         x = block(x, attn_mask=seen[:, None, None, :])
     if vit.global_pool == "token":
         return blocks.finish(vit, x)

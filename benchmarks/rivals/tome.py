@@ -25,7 +25,7 @@ def tome(vit: VisionTransformer, images: Tensor, r: int) -> Tensor:
     """
     x = blocks.start(vit, images)
     size: Tensor | None = None
-    for block in vit.blocks:
+    for block in blocks.layers(vit):
         if r == 0:
             x = block(x)
             continue
@@ -39,7 +39,7 @@ def tome(vit: VisionTransformer, images: Tensor, r: int) -> Tensor:
 
 def merged_per_block(vit: VisionTransformer, keep: float) -> int:
     """The r that leaves about ``keep`` of the patches after the last block."""
-    return round((1 - keep) * vit.patch_embed.num_patches / len(vit.blocks))
+    return round((1 - keep) * vit.patch_embed.num_patches / len(blocks.layers(vit)))
 
 
 def bipartite_soft_matching(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
