@@ -17,9 +17,10 @@ reference's memory; two references:
 
 Medians of paired ratios with their 5 % and 95 % quantiles. On a CPU ``cost_ms`` is CPU time of one
 thread; on a GPU time between CUDA events. Rivals infer at the share they trained with, though
-PatchDropout and FLIP themselves infer dense. On a CPU a step has few images, so what does not grow with
-them (AdamW, EMA, weights in the peak) weighs more than in training. With ``--json`` a killed run continues when the
-command is given again: what is finished waits in ``FILE.partial``.
+PatchDropout and FLIP themselves infer dense.
+On a CPU a step has few images, so what does not grow with them (AdamW, EMA, weights in the peak) weighs
+more than in training. With ``--json`` a killed run continues when the command is given again: what is
+finished waits in ``FILE.partial``.
 """
 
 import argparse
