@@ -46,10 +46,14 @@ def write_result(name: str, command: str, rows: Sequence[Row], path: Path | str)
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
     """Print rows as a table: floats with three significant digits, columns in order of appearance."""
-    from rich.console import Console
-    from rich.table import Table
-
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:  # a machine lent for its GPU has torch and little else
+        lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+        print(title, *("\t".join(line) for line in lines), sep="\n")
+        return
     table = Table(title=title)
     for column in columns:
         numbers = all(isinstance(row.get(column, 0), int | float) for row in rows)

@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import sys
 from datetime import datetime
 
 import numpy as np
@@ -51,3 +52,10 @@ def test_table_shows_every_column_and_blanks_what_a_row_lacks(capsys):
     for text in ("Toy", "size_px", "ratio", "what", "rate", "128", "0.0123", "fp32", "12346"):
         assert text in out
     assert "0.01234" not in out and "None" not in out
+
+
+def test_without_rich_the_table_is_plain_text(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    record.print_table("Toy", ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Toy", "size_px\tratio\twhat\trate"] and lines[3] == "224\t\t\t12346"

@@ -1,0 +1,103 @@
+"""Memory of training: the peak of a step, and what autograd saves for the backward pass.
+
+The peak counts weights, gradients, AdamW's moments, activations and work space. On a GPU torch's own
+counter gives it. On a CPU each contender gets a process of its own, forked from a clean one that has
+imported everything and built nothing; its peak resident set minus the resident set before the model
+was built. Saved bytes are those of the distinct storages that autograd holds, parameters left out.
+"""
+
+import gc
+import multiprocessing
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, where it would be counted
+from torch import Tensor
+
+from benchmarks.contenders import Contender, Model, Workload, build_workload, random_batch
+from sparsecontrast.methods.method import Batch
+
+MIB = 2**20
+
+
+def training_memory(contender: Contender, model: Model, batch: int, device: torch.device) -> dict[str, float]:
+    """Measure ``peak_mib`` and ``saved_mib`` of a contender's training step on ``batch`` images."""
+    if device.type == "cuda":
+        return _measure_cuda(contender, model, batch, device)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure_resident, contender, model, batch).result()
+
+
+def step_saved(work: Workload, batch: Batch) -> int:
+    """Train one step; return the bytes of the distinct storages that autograd saved for its backward pass."""
+    storages: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in work.module.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()  # alive until the backward pass: no address comes twice
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = work.loss(batch)
+    work.update(loss)
+    return sum(storages.values())
+
+
+def _measure_resident(contender: Contender, model: Model, batch: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    before = _resident()
+    work = build_workload(contender, model, device)
+    batches = _steps(work, model, batch)
+    _give_moments(work)
+    saved = max(step_saved(work, one) for one in batches)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_mib": (peak - before) / MIB, "saved_mib": saved / MIB}
+
+
+def _measure_cuda(contender: Contender, model: Model, batch: int, device: torch.device) -> dict[str, float]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    work = build_workload(contender, model, device)
+    batches = _steps(work, model, batch)
+    for one in batches * 2:  # the first round compiles and makes the moments
+        work.step(one)
+    torch.cuda.reset_peak_memory_stats()
+    for one in batches:
+        work.step(one)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    if contender.compiled:  # a compiled graph saves what it likes, out of the hooks' sight
+        return {"peak_mib": peak / MIB}
+    return {"peak_mib": peak / MIB, "saved_mib": max(step_saved(work, one) for one in batches) / MIB}
+
+
+def _steps(work: Workload, model: Model, batch: int) -> list[Batch]:
+    """One batch of each kind of step: with the teacher's pass (step 0), without."""
+    return [random_batch(model.size, batch, work.device, step) for step in range(min(2, work.cycle))]
+
+
+def _give_moments(work: Workload) -> None:
+    """Make AdamW's moments before the first step, so that one step shows what every later one needs."""
+    for group in work.optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    work.optimizer.step()
+    work.optimizer.zero_grad(set_to_none=True)
+
+
+def _resident() -> int:
+    """Bytes resident now; where that cannot be read, the peak so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * resource.getpagesize()

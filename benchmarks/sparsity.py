@@ -1,0 +1,289 @@
+"""What sparsity buys: speed and memory of training and inference, against dense timm and against rivals.
+
+    python -m benchmarks.sparsity [--quick] [--json FILE] [--device cpu|cuda] [--compile]
+        [--models tiny,small,...] [--sizes 224,384,512] [--batch N] [KEY=VALUE ...]
+
+A training step is forward, InfoNCE, backward and AdamW on two views; for SparseContrast it is the
+method's whole step with scorer, EMA and teacher. The teacher runs in one step of ``distill_every``: a step
+with and a step without it are timed each, and averaged by that share. Inference is images to embedding,
+predictor included, one image at a time (``infer_1``) and a batch (``infer_n``).
+
+Every ratio says how many times FASTER than a dense reference, memory shares how much of the
+reference's memory; two references:
+
+- ``equal_precision``: dense timm at the row's precision, fused or explicit attention, whichever was faster
+  in this very measurement (for memory: whichever needs less);
+- ``stock_fp32``: dense timm as it comes, fp32 with fused attention, not compiled.
+
+Medians of paired ratios with their 5 % and 95 % quantiles. On a CPU ``cost_ms`` is CPU time of one
+thread; on a GPU time between CUDA events. Rivals infer at the share they trained with, though
+PatchDropout and FLIP themselves infer dense.
+On a CPU a step has few images, so what does not grow with them (AdamW, EMA, weights in the peak) weighs
+more than in training. With ``--json`` a killed run continues when the command is given again: what is
+finished waits in ``FILE.partial``.
+"""
+
+import argparse
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.contenders import OURS, Contender, Model, Workload, build_workload, is_vit, random_batch
+from benchmarks.memory import training_memory
+from benchmarks.record import machine, print_table, write_result
+from benchmarks.stopwatch import Part, Ratio, Times, cpu_clock, cuda_clock, interleave, ratio
+from sparsecontrast.errors import MethodError
+
+NAMES = {"tiny": "vit_tiny", "small": "vit_small", "base": "vit_base"}
+MODELS = ("tiny", "small", "convnext_atto", "convnext_tiny", "resnet18", "resnet50")
+LIGHT = ("vit_tiny", "convnext_atto")  # twice the images a step on a CPU
+BATCH = {"cpu": {224: 2, 384: 2, 512: 2}, "cuda": {224: 256, 384: 64, 512: 16}}
+PRECISIONS = ("fp32", "bf16")
+KEEPS = (1.0, 0.7, 0.5, 0.35, 0.25)
+TOKEN_RIVALS = ("evit", "evit_one_stage", "dynamic_vit", "tome", "random_drop", "low_resolution")
+FEW_RIVALS = ("evit", "tome", "random_drop", "low_resolution")
+COMPILED_RIVALS = ("random_drop", "low_resolution")
+SHOWN = {
+    "method": "method", "keep": "keep", "precision": "precision", "attention": "attention",
+    "phase": "phase", "cost_ms": "ms", "ratio_equal_precision": "x equal", "ratio_equal_precision_low": "low",
+    "ratio_equal_precision_high": "high", "ratio_stock_fp32": "x stock fp32",
+    "peak_share_equal_precision": "peak", "saved_share_equal_precision": "saved",
+}  # fmt: skip
+STOCK = Contender("dense")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is measured: shares, repeats (at least, at most), seconds of a phase of a cell."""
+
+    keeps: Sequence[float] = KEEPS
+    rival_keeps: Sequence[float] = (0.5,)
+    repeats: tuple[int, int] = (5, 15)
+    seconds: float = 20.0
+    batch: int | None = None
+    full: bool = True
+
+
+QUICK = Protocol(keeps=(0.5, 0.25), repeats=(2, 2), batch=2, full=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured together: one model at one precision, compiled or not."""
+
+    model: Model
+    precision: str
+    compiled: bool
+
+    def key(self) -> dict[str, Any]:
+        """Name the cell in its rows."""
+        changes = " ".join(f"{name}={value}" for name, value in self.model.changes)
+        return {
+            "backbone": self.model.backbone, "size_px": self.model.size,
+            "cell": self.precision + (" compiled" if self.compiled else ""),
+            **({"changes": changes} if changes else {}),
+        }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure cell by cell, print, and write JSON if asked."""
+    args = _arguments(argv)
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    protocol = QUICK if args.quick else Protocol()
+    protocol = replace(protocol, batch=args.batch or protocol.batch)
+    partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
+    rows = _continued(partial, _command(args))
+    for cell in cells(args.models, args.sizes, tuple(args.changes), args.compile):
+        key = cell.key()
+        if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
+            continue
+        found = measure(cell, protocol, device)
+        told = [{short: row[name] for name, short in SHOWN.items() if name in row} for row in found]
+        print_table(" ".join(str(value) for value in key.values()), told)
+        rows += found
+        if partial is not None:
+            write_result("sparsity", _command(args), rows, partial)
+    if args.json is not None and partial is not None:
+        write_result("sparsity", _command(args), rows, args.json)
+        partial.unlink()
+
+
+def cells(
+    models: Sequence[str], sizes: Sequence[int], changes: tuple[tuple[str, Any], ...], compiled: bool
+) -> Iterator[Cell]:
+    """Give what to measure; CNNs at 224 alone, backbones without a config are told and left out."""
+    for name in models:
+        for size in sizes:
+            model = Model(NAMES.get(name, name), size, changes)
+            try:
+                vit = is_vit(model)
+            except FileNotFoundError:
+                print(f"{model.backbone}: not built")
+                break
+            if vit or size == 224:
+                for precision in PRECISIONS:
+                    for way in (False, True) if compiled else (False,):
+                        yield Cell(model, precision, way)
+
+
+def references(cell: Cell, device: torch.device) -> list[Contender]:
+    """Name the dense models: stock first, then those at the cell's precision."""
+    dense = replace(STOCK, precision=cell.precision, compiled=cell.compiled)
+    found = [STOCK] if dense == STOCK else [STOCK, dense]
+    # CNNs have no attention; in fp32 on a CPU the explicit one only grows slower with the tokens
+    hopeless = cell.precision == "fp32" and device.type == "cpu" and cell.model.size > 224
+    return found if hopeless or not is_vit(cell.model) else [*found, replace(dense, attention="explicit")]
+
+
+def contenders(cell: Cell, protocol: Protocol, device: torch.device) -> list[Contender]:
+    """Name all but the references: ours, then the rivals that this backbone can have.
+
+    A CPU needs minutes for a table of large images: sizes above 224, and ``--quick``, get fewer lines.
+    """
+    cpu, vit = device.type == "cpu", is_vit(cell.model)
+    # on a CPU the fused kernel's bf16 backward is the slower one, and the trainer avoids it too
+    attention = "explicit" if cell.precision == "bf16" and cpu else "fused"
+    like = Contender("", precision=cell.precision, attention=attention, compiled=cell.compiled)
+    keeps, rivals, rival_keeps = protocol.keeps, TOKEN_RIVALS, protocol.rival_keeps
+    few = cpu and (cell.model.size > 224 or not protocol.full)
+    if few:
+        keeps, rivals = (0.5, 0.25), FEW_RIVALS
+    elif protocol.full and (not cpu or cell.model.backbone == "vit_tiny"):
+        rival_keeps = (0.7, 0.5, 0.25)
+    rivals = ("low_resolution",) if not vit else COMPILED_RIVALS if cell.compiled else rivals
+    found = [replace(like, method=OURS, keep=keep) for keep in keeps]
+    found += [replace(like, method=name, keep=keep) for name in rivals for keep in rival_keeps]
+    if vit:
+        share = 1 / cell.model.configs()[1].cell ** 2
+        found.append(replace(like, method="all_coarse", keep=share))
+    if vit and not few:
+        found.append(replace(like, method="masked", keep=0.5))
+    return found
+
+
+def measure(cell: Cell, protocol: Protocol, device: torch.device) -> list[dict[str, Any]]:
+    """Measure one cell: memory of each contender by itself, then the times of all, interleaved."""
+    dense = references(cell, device)
+    batch = protocol.batch or _batch(cell.model, device)
+    memory, works = {}, {}
+    for contender in [*dense, *contenders(cell, protocol, device)]:
+        try:
+            memory[contender] = training_memory(contender, cell.model, batch, device)
+        except MethodError as error:
+            print(f"{cell.model.backbone} {contender.method} at {contender.keep}: not built: {error}")
+    for contender in memory:
+        works[contender] = build_workload(contender, cell.model, device)
+    rows = []
+    for phase in ("train", "infer_1", "infer_n"):
+        images = 1 if phase == "infer_1" else batch
+        parts = {c: _parts(work, cell.model, phase, images) for c, work in works.items()}
+        clock = cuda_clock if device.type == "cuda" else cpu_clock
+        times = interleave(parts, dense, clock, protocol.repeats, protocol.seconds)
+        rows += _rows(cell, phase, images, times, dense, memory if phase == "train" else {})
+        gc.collect()
+    return rows
+
+
+def _parts(work: Workload, model: Model, phase: str, images: int) -> list[Part]:
+    if phase != "train":
+        batch = random_batch(model.size, images, work.device, 1)
+        return [(1.0, lambda: work.infer(batch.first))]
+    plain = random_batch(model.size, images, work.device, 1)
+    if work.cycle == 1:
+        return [(1.0, lambda: work.step(plain))]
+    taught = random_batch(model.size, images, work.device, 0)
+    return [(1.0, lambda: work.step(taught)), (work.cycle - 1.0, lambda: work.step(plain))]
+
+
+def _rows(
+    cell: Cell, phase: str, images: int, times: dict[Contender, Times], dense: list[Contender],
+    memory: dict[Contender, dict[str, float]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Fold one phase of a cell into one row a contender."""
+    equal = [c for c in dense if c.precision == cell.precision and c.compiled == cell.compiled]
+    fastest = max(equal, key=lambda c: ratio(times[equal[0]], times[c]).median)
+    rows = []
+    for contender, time in times.items():
+        told = {
+            **cell.key(), "precision": contender.precision, "compiled": contender.compiled,
+            "method": contender.method, "keep": contender.keep, "attention": contender.attention,
+            "phase": phase, "images": images, "reference_attention": fastest.attention,
+            **_spread("ratio_equal_precision", ratio(times[fastest], time)),
+            **_spread("ratio_stock_fp32", ratio(times[STOCK], time)),
+            "cost_ms": 1e3 * _median(time.cost), "wall_ms": 1e3 * _median(time.wall),
+            "repeats": len(time.cost),
+        }  # fmt: skip
+        for name, value in memory.get(contender, {}).items():
+            what = name.removesuffix("_mib")
+            told[name] = value
+            least = [memory[c][name] for c in equal if name in memory[c]]
+            told |= {f"{what}_share_equal_precision": value / min(least)} if least else {}
+            told |= {f"{what}_share_stock_fp32": value / memory[STOCK][name]}
+        rows.append(told)
+    return rows
+
+
+def _spread(name: str, found: Ratio) -> dict[str, float]:
+    return {name: found.median, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _batch(model: Model, device: torch.device) -> int:
+    """Images a step: enough to fill a GPU, few on a CPU, where more change nothing but the time."""
+    table = BATCH[device.type]
+    images = table[min(table, key=lambda size: abs(size - model.size))]
+    return images * 2 if device.type == "cpu" and model.backbone in LIGHT else images
+
+
+def _continued(partial: Path | None, command: str) -> list[dict[str, Any]]:
+    """Rows that an earlier run of the same command left on the same machine."""
+    if partial is None or not partial.is_file():
+        return []
+    found, here = json.loads(partial.read_text()), machine()
+    same = all(found["machine"].get(name) == here.get(name) for name in ("cpu", "gpu"))
+    if found["command"] != command or not same:
+        print(f"{partial.name}: of another command or machine, measured anew")
+        return []
+    return found["rows"]
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = ["python -m benchmarks.sparsity", *(["--quick"] if args.quick else [])]
+    words += [f"--device {args.device}", *(["--compile"] if args.compile else [])]
+    words += ["--models " + ",".join(args.models), "--sizes " + ",".join(map(str, args.sizes))]
+    words += [f"--batch {args.batch}"] if args.batch else []
+    return " ".join([*words, *(f"{key}={value}" for key, value in args.changes)])
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="ViT-tiny at 224 and few repeats, two minutes")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="also compiled: dense, ours, the static rivals"
+    )
+    parser.add_argument("--models", help="tiny, small, base or names of configs/backbone")
+    parser.add_argument("--sizes", help="pixels")
+    parser.add_argument("--batch", type=int, help="images a step")
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="backbone.KEY or method.KEY")
+    args = parser.parse_args(argv)
+    args.models = (args.models or ("tiny" if args.quick else ",".join(MODELS))).split(",")
+    args.sizes = [int(s) for s in (args.sizes or ("224" if args.quick else "224,384,512")).split(",")]
+    pairs = [word.partition("=") for word in args.changes]
+    args.changes = [(key, yaml.safe_load(value)) for key, _, value in pairs]
+    return args
+
+
+if __name__ == "__main__":
+    main()
