@@ -105,7 +105,17 @@ class SparseContrast(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor, keep: str | float = "dense") -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D]; ``keep`` is dense, sparse (as configured) or a number."""
-        return self.backbone(images, self._kept(self._scores(images), self._share(keep)))
+        return self.backbone(images, self.kept(images, keep))
+
+    @torch.no_grad()
+    def kept(self, images: Tensor, keep: str | float = "sparse") -> Tensor | None:
+        """Cells [B, m] that ``encode`` keeps fine, ascending; None, and nothing scored, where all are.
+
+        Raises:
+            MethodError: a number below what all-coarse cells need, or above 1.
+        """
+        m = tokens.fine_cells(self._share(keep), self.backbone.num_cells, self.config.cell)
+        return None if m == self.backbone.num_cells else tokens.top_k(self._scores(images), m)
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Look:
@@ -120,11 +130,6 @@ class SparseContrast(nn.Module):
 
     def _scores(self, images: Tensor) -> Tensor:
         return self._mask(images, self._select(images, self.saliency(images), None))
-
-    def _kept(self, scores: Tensor, share: float) -> Tensor | None:
-        """Cells to keep for a share of the tokens; None when all are."""
-        m = tokens.fine_cells(share, self.backbone.num_cells, self.config.cell)
-        return None if m == self.backbone.num_cells else tokens.top_k(scores, m)
 
     def _project(self, view: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
         m = tokens.fine_cells(self.keep, self.backbone.num_cells, self.config.cell)
