@@ -119,7 +119,9 @@ def _outputs(embedder: Embedder, images: Tensor) -> list[str]:
 
 def _translations() -> dict[Any, Any]:
     """Two operations that torch's exporter does not know, in ONNX."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its annotations let no operation take another's result
 
     def stable_sort(x, stable=None, dim: int = -1, descending: bool = False):
         # equal values leave TopK with the lower index first: the specification says so, hence stable

@@ -97,7 +97,7 @@ def encode(
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.to(device)
-    method.backbone = prepare(method.backbone, config.evaluation.precision, device.type)
+    method.backbone = prepare(method.backbone, config.evaluation.precision, device.type)  # type: ignore[assignment]
     rows = []
     for start in range(0, len(images), BATCH):
         batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))

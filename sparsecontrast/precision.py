@@ -48,7 +48,7 @@ def _bfloat16(module: nn.Module, device: str) -> nn.Module:
 def _int8(module: nn.Module, device: str) -> nn.Module:
     """Replace each linear layer; ``quantize_dynamic`` would do so too, but is deprecated and warns."""
     from torch.ao.nn.quantized.dynamic import Linear
-    from torch.ao.quantization import per_channel_dynamic_qconfig
+    from torch.ao.quantization.qconfig import per_channel_dynamic_qconfig
 
     if device != "cpu":
         raise ConfigError(f"evaluation.precision=int8: runs on the CPU only, not on {device}; use bf16 there")
