@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsecontrast.errors import ConfigError, ExportError
 
-OPSET = 18  # what the exporter itself speaks; opsets 20 and 23 gave onnxruntime nothing to gain
+OPSET = 18  # what the exporter itself speaks, and old enough for most runtimes
 TOLERANCE = 1e-4  # fp32 in another order of summation, onnxruntime against torch
 MIN_COSINE = 0.9  # an embedding in 8 bits below this is broken, not coarse
 BATCHES = (1, 8)  # that are timed
@@ -92,7 +92,7 @@ def write_graphs(
 
 
 def _write_graph(embedder: Embedder, images: Tensor, file: Path) -> None:
-    """Export by ``torch.export``: the older exporter is deprecated, warns and cannot sort stably."""
+    """Export by ``torch.export``: the older exporter is deprecated and warns."""
     with warnings.catch_warnings(), torch.no_grad():
         # torch warns of its own deprecated class whenever it copies a signature
         warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
@@ -153,7 +153,7 @@ def _session(file: Path) -> Any:
 def _quantise(source: Path, target: Path) -> None:
     """Weights of the matrix products to 8 bits for each output channel; activations at each call.
 
-    Convolutions stay fp32: they choose the cells, and onnxruntime's integer ones are slower.
+    Convolutions stay fp32: they choose the cells.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

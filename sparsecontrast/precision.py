@@ -1,7 +1,7 @@
 """The precision of a frozen network: one switch, for inference alone.
 
 - ``bf16``: matrix products in bfloat16 under autocast, with the linear weights cast once instead of
-  at each call: the same numbers, sooner. Fastest where the CPU has AMX or AVX512-BF16, and on GPUs.
+  at each call: the same numbers, sooner. For CPUs with AMX or AVX512-BF16, and for GPUs.
 - ``int8``: linear weights in 8 bits for each output channel, activations in 8 bits by their range at
   each call (dynamic quantisation: nothing is calibrated). CPU only; attention's own products, norms
   and convolutions stay fp32. For CPUs without bfloat16.
