@@ -1,4 +1,4 @@
-"""``sparsecontrast`` index | pretrain | evaluate | report | phantom.
+"""``sparsecontrast`` index | pretrain | evaluate | report | export | phantom.
 
 Heavy imports happen inside the commands, so that ``--help`` answers at once. Every error a user can
 cause ends as one line on stderr and exit status 2.
@@ -91,6 +91,30 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.run_dir, options.overrides))
 
 
+def _export(options: argparse.Namespace) -> None:
+    from sparsecontrast.export import export_run
+
+    record = export_run(options.run_dir, options.out, options.keep, options.format.split(","), options.int8)
+    keep, onnx = record["keep"], record.get("onnx", {"checks": {}, "latency": []})
+    checks = dict(onnx["checks"])
+    if "timm" in record:
+        checks[record["timm"]["weights"]] = record["timm"]["check"]
+    rows = [
+        [name, f"{c['max_abs_difference']:.1e}", f"{c['min_cosine']:.5f}" if "min_cosine" in c else ""]
+        for name, c in checks.items()
+    ]
+    _table(["file", "max difference from the run", "min cosine"], rows)
+    if onnx["latency"]:
+        times = [[r["file"], str(r["batch"]), f"{r['ms_per_image']:.2f}"] for r in onnx["latency"]]
+        _table(["onnxruntime, one thread", "batch", "ms per image"], times)
+    cells = f"{keep['fine_cells']} of {keep['cells']} cells fine"
+    print(f"{options.out}: round {record['round']}, {cells}, every file checked against the run")
+
+
+def _share(text: str) -> str | float:
+    return text if text in ("dense", "sparse") else float(text)
+
+
 def _phantom(options: argparse.Namespace) -> None:
     import numpy as np
     from PIL import Image
@@ -172,6 +196,19 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _run_folder(_command(commands, "report", _report, "write report.html of a run"))
+
+    export = _command(commands, "export", _export, "write a run's backbone for timm and onnxruntime, checked")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output_dir of a run")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or empty")
+    export.add_argument(
+        "--keep",
+        type=_share,
+        default="sparse",
+        metavar="dense|sparse|NUMBER",
+        help="share of the tokens in the sparse graph; default sparse, as the run was configured",
+    )
+    export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
+    export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")
 
     phantom = _command(commands, "phantom", _phantom, "draw a contact sheet of procedural radiographs")
     phantom.add_argument("--out", type=Path, required=True, metavar="FILE.png")

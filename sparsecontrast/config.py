@@ -147,6 +147,7 @@ class EvaluationConfig:
     """Probes of a run; ``tasks`` entries are read by ``sparsecontrast.evaluation``."""
 
     keep: str | float
+    precision: Literal["fp32", "bf16", "int8"]
     label_fractions: tuple[float, ...]
     bootstrap: int
     knn_neighbours: int

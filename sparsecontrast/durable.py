@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from sparsecontrast.errors import StorageError
@@ -31,8 +33,33 @@ def write_bytes(path: Path, data: bytes) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a scratch folder that becomes ``path`` when the block ends; after an error neither is there.
+
+    Raises:
+        StorageError: ``path`` is there and not empty, or the disk does not take it.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
+            raise StorageError(f"{path}: is already there and not empty; choose another folder or remove it")
+        scratch.mkdir(parents=True)
+        yield scratch
+        for inner in (*scratch.rglob("*"), scratch):
+            sync_folder(inner)
+        os.replace(scratch, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; nothing was left there"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
+    """Make a rename in ``folder`` survive a power cut; a file is flushed the same way."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -11,7 +11,8 @@
     │   ├── TooFewImagesError           site_too_small  fewer images than the method needs
     │   └── PatientLeakError            patient_leak    one patient in two splits or two sites
     ├── ModelError                      model
-    │   └── BackboneMismatchError       backbone_mismatch  weights of another architecture
+    │   ├── BackboneMismatchError       backbone_mismatch  weights of another architecture
+    │   └── ExportError                 export          an exported model that is not the run's
     ├── MethodError                     method          a loss that cannot be computed as asked
     ├── PayloadError                    payload_*       what arrived may not be aggregated
     ├── StorageError                    storage         full disk, read-only folder
@@ -97,6 +98,12 @@ class BackboneMismatchError(ModelError):
     """Weights do not fit the backbone that the config names."""
 
     code = "backbone_mismatch"
+
+
+class ExportError(ModelError):
+    """An exported model does not compute what the run computes, or cannot be exported as asked."""
+
+    code = "export"
 
 
 class MethodError(SparseContrastError):

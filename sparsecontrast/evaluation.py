@@ -74,7 +74,8 @@ def evaluate_run(
     result = {
         "version": VERSION, "round": found.number, "seed": run.config.seed,
         "trained": sets[0].name, "features": [s.name for s in sets],
-        "keep": evaluation.keep, "scored_split": table.scored_split, "overrides": list(overrides),
+        "keep": evaluation.keep, "precision": evaluation.precision, "overrides": list(overrides),
+        "scored_split": table.scored_split,
         "tasks": [as_dict(vars(t)) for t in tasks], "bootstrap": evaluation.bootstrap,
         "budgets": {name: vars(b) for name, b in budgets.items()},
         "versions": versions(), "rows": rows, "differences": differences,
@@ -150,14 +151,15 @@ def _feature_sets(
 
 
 def _others(run: Run, folders: Sequence[str | Path], taken: Sequence[str]) -> list[tuple[str, Run, Round]]:
-    """Open the runs of ``--against``; they are read at this run's keep, and named by their folders.
+    """Open the runs of ``--against``, at this run's keep and precision; they are named by their folders.
 
     Raises:
         ConfigError: one was made on other data, or with other splits.
     """
-    found = []
+    found, asked = [], run.config.evaluation
     for folder in folders:
-        other = read_run(folder, [f"evaluation.keep={run.config.evaluation.keep}"])
+        words = [f"evaluation.keep={asked.keep}", f"evaluation.precision={asked.precision}"]
+        other = read_run(folder, words)
         if _source(other) != _source(run):
             raise ConfigError(
                 f"--against {folder}: made on other data than {run.folder}, it cannot be paired"

@@ -33,6 +33,7 @@ from sparsecontrast.errors import (
     UntrainedError,
 )
 from sparsecontrast.methods import build_method
+from sparsecontrast.precision import prepare
 from sparsecontrast.probes import downsampled_pixels
 from sparsecontrast.runs import Run
 from sparsecontrast.scoring import Features
@@ -84,12 +85,19 @@ def load_method(config: Config, tensors: Mapping[str, Tensor]):
 def encode(
     config: Config, tensors: Mapping[str, Tensor] | None, images: np.ndarray, tick: Tick, name: str
 ) -> np.ndarray:
-    """Embed uint8 images [N, S, S] -> float32 [N, D] at ``evaluation.keep``; no tensors = random init."""
+    """Embed uint8 images [N, S, S] -> float32 [N, D] at ``evaluation.keep``; no tensors = random init.
+
+    ``evaluation.precision`` is the backbone's; the cells are chosen in fp32 whatever it is.
+
+    Raises:
+        ConfigError: int8 where there is a GPU.
+    """
     method = (
         build_method(config, pretrained=False).eval() if tensors is None else load_method(config, tensors)
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.to(device)
+    method.backbone = prepare(method.backbone, config.evaluation.precision, device.type)  # type: ignore[assignment]
     rows = []
     for start in range(0, len(images), BATCH):
         batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))

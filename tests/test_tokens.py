@@ -59,6 +59,15 @@ def test_exploration_keeps_the_best_and_draws_the_rest_uniformly(generator):
     assert ((counts[:10] / 4000 - 0.2).abs() < 0.04).all()  # 2 of the other 10
 
 
+@pytest.mark.parametrize(
+    ("rows", "cells", "m"), [(1, 9, 4), (7, 49, 16), (64, 196, 64), (3, 5, 0), (3, 5, 5)]
+)
+def test_complement_is_what_the_mask_leaves(generator, rows, cells, m):
+    kept = tokens.top_k(torch.rand(rows, cells, generator=generator), m)
+    mask = torch.ones(rows, cells, dtype=torch.bool).scatter(1, kept, False)
+    assert torch.equal(tokens.complement(kept, cells), mask.nonzero()[:, 1].reshape(rows, cells - m))
+
+
 def test_complement_and_scatter_undo_gather(generator):
     x = torch.randn(3, 10, 4, generator=generator)
     kept = tokens.top_k(torch.rand(3, 10, generator=generator), 4)

@@ -122,7 +122,17 @@ class SparseContrast(nn.Module):
     @torch.no_grad()
     def encode(self, images: Tensor, keep: str | float = "dense") -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D]; ``keep`` is dense, sparse (as configured) or a number."""
-        return self.backbone(images, self._kept(self._scores(images), self._share(keep)))
+        return self.backbone(images, self.kept(images, keep))
+
+    @torch.no_grad()
+    def kept(self, images: Tensor, keep: str | float = "sparse") -> Tensor | None:
+        """Cells [B, m] that ``encode`` keeps fine, ascending; None, and nothing scored, where all are.
+
+        Raises:
+            MethodError: a number below what all-coarse cells need, or above 1.
+        """
+        m = tokens.fine_cells(self._share(keep), self.backbone.num_cells, self.config.cell)
+        return None if m == self.backbone.num_cells else tokens.top_k(self._scores(images), m)
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Look:
@@ -137,11 +147,6 @@ class SparseContrast(nn.Module):
 
     def _scores(self, images: Tensor) -> Tensor:
         return self._mask(images, self._select(images, self._learned(images)))
-
-    def _kept(self, scores: Tensor, share: float) -> Tensor | None:
-        """Cells to keep for a share of the tokens; None when all are."""
-        m = tokens.fine_cells(share, self.backbone.num_cells, self.config.cell)
-        return None if m == self.backbone.num_cells else tokens.top_k(scores, m)
 
     def _read(self, view: Tensor) -> tuple[Tensor, Tensor]:
         """The scorer's scores [B, cells] and what they cost each row [B]."""
@@ -171,7 +176,7 @@ class SparseContrast(nn.Module):
     def _learned(self, images: Tensor) -> Tensor:
         if self.config.selection in ("surprise", "attention"):
             return self.saliency(images).float()
-        return images.new_zeros(len(images), self.backbone.num_cells, dtype=torch.float32)
+        return images.new_zeros(images.shape[0], self.backbone.num_cells, dtype=torch.float32)
 
     def _select(self, images: Tensor, learned: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scores [B, cells] of the configured selection; ``random`` without a generator is a fixed draw."""

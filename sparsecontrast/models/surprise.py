@@ -88,11 +88,14 @@ class SurprisePredictor(nn.Module):
         Returns:
             Mean and log variance, each [B, cells, DETAIL^2].
         """
-        rows, columns = self.grid
         codes = F.gelu(self.reduce(F.gelu(self.encode(patchify(small, SIDE)))))
-        others = (self.others @ codes).mT.reshape(len(small), -1, rows, columns)
-        near = codes.mT.reshape(len(small), -1, rows, columns)
-        near = F.conv2d(near, self.ring.weight * self.without_centre, self.ring.bias, padding=1)
+        others = (self.others @ codes).mT.unflatten(2, self.grid)
+        near = F.conv2d(
+            codes.mT.unflatten(2, self.grid),
+            self.ring.weight * self.without_centre,
+            self.ring.bias,
+            padding=1,
+        )
         context = F.gelu(near + self.rest(others) + self.place)
         found = self.head(F.gelu(self.expand(context))).flatten(2).mT
         mean, log_variance = found.chunk(2, dim=2)

@@ -117,10 +117,13 @@ def explore_top_k(scores: Tensor, k: int, explore: float, generator: torch.Gener
 
 
 def complement(kept: Tensor, n: int) -> Tensor:
-    """Indices [B, n - k] that ``kept`` [B, k] leaves out of 0..n-1, ascending."""
-    # a stable sort, not nonzero: its shape does not depend on the data, so it compiles and never waits
-    mask = torch.zeros(kept.shape[0], n, dtype=torch.uint8, device=kept.device).scatter(1, kept, 1)
-    return torch.sort(mask, dim=1, stable=True).indices[:, : n - kept.shape[1]]
+    """Indices [B, n - k] that ``kept`` [B, k] leaves out of 0..n-1, ascending.
+
+    A stable sort of the mask, not ``nonzero``: its shape is known beforehand, which a graph with a
+    free batch needs, and for which a GPU need not wait.
+    """
+    taken = torch.zeros(kept.shape[0], n, dtype=torch.uint8, device=kept.device).scatter(1, kept, 1)
+    return taken.sort(dim=1, stable=True).indices[:, : n - kept.shape[1]]
 
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:
