@@ -3,7 +3,8 @@
 From the paper: a compact saliency predictor trims attention to relevant regions during contrastive
 training; sparsity and feature quality are optimised together. Ours, all of it below:
 
-- the background is demoted to coarse tokens instead of deleted (``models/sparse_vit.py``);
+- the background is demoted to coarse tokens instead of deleted (``models/sparse_vit.py``,
+  ``models/sparse_cnn.py``);
 - a quarter of the kept cells is drawn at random while training, so that no cell is never seen fine;
 - the scorer s learns from the attention a_t of an EMA teacher, run dense on a part of the batch:
 
@@ -34,6 +35,7 @@ from sparsecontrast.models.saliency import (
     energy_scores,
     excluded_cells,
 )
+from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
 
 
@@ -47,7 +49,7 @@ class SparseContrast(nn.Module):
 
     per_sample = False
 
-    def __init__(self, config: MethodConfig, backbone: SparseViT):
+    def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
         super().__init__()
         self.config = config
         self.backbone = backbone
@@ -111,7 +113,7 @@ class SparseContrast(nn.Module):
     def look(self, images: Tensor) -> Look:
         """Return scores and the cells kept at the configured share."""
         scores = self._scores(images)
-        m = tokens.fine_cells(self.config.keep, self.backbone.num_cells, self.config.cell)
+        m = self.backbone.kept_cells(self.config.keep)
         return Look(scores, tokens.top_k(scores, m), self.backbone.grid)
 
     def _share(self, keep: str | float) -> float:
@@ -123,11 +125,11 @@ class SparseContrast(nn.Module):
 
     def _kept(self, scores: Tensor, share: float) -> Tensor | None:
         """Cells to keep for a share of the tokens; None when all are."""
-        m = tokens.fine_cells(share, self.backbone.num_cells, self.config.cell)
+        m = self.backbone.kept_cells(share)
         return None if m == self.backbone.num_cells else tokens.top_k(scores, m)
 
     def _project(self, view: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
-        m = tokens.fine_cells(self.keep, self.backbone.num_cells, self.config.cell)
+        m = self.backbone.kept_cells(self.keep)
         if m == self.backbone.num_cells:
             return self.projector(self.backbone(view))
         ranks = self._mask(view, self._select(view, scores.detach(), generator))
@@ -164,7 +166,7 @@ class SparseContrast(nn.Module):
     def _scorer_terms(self, scores: list[Tensor], target: Tensor | None) -> Tensor:
         """Sparsity, entropy floor and, where there is a target, distillation: [B]."""
         c = self.config
-        share = tokens.fine_cells(c.keep, self.backbone.num_cells, c.cell) / self.backbone.num_cells
+        share = self.backbone.kept_cells(c.keep) / self.backbone.num_cells
         loss = scores[0].new_zeros(len(scores[0]))
         for s in scores:
             loss = loss + c.sparsity_weight * losses.sparsity_budget(s, share) / 2

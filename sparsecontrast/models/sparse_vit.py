@@ -15,8 +15,9 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from sparsecontrast.config import BackboneConfig
-from sparsecontrast.errors import MissingDataError, ModelError
+from sparsecontrast.errors import ModelError
 from sparsecontrast.models import tokens
+from sparsecontrast.models.pretrained import load_fitting, pretrained_state, sum_over_rgb
 
 
 class SparseViT(nn.Module):
@@ -45,6 +46,15 @@ class SparseViT(nn.Module):
     def embed_dim(self) -> int:
         """Width D of the embedding."""
         return self.vit.embed_dim
+
+    @property
+    def img_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.grid[0] * self.cell * self.vit.patch_embed.patch_size[0]
+
+    def kept_cells(self, keep: float) -> int:
+        """Cells to keep fine for a share ``keep`` of all tokens (``tokens.fine_cells``)."""
+        return tokens.fine_cells(keep, self.num_cells, self.cell)
 
     def forward(self, images: Tensor, kept: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D].
@@ -139,40 +149,8 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
     ):
         raise ModelError(f"backbone.name={config.name}: only plain ViTs with learned positions are supported")
     if config.pretrained:
-        _load_pretrained(vit, _pretrained_state(config))
+        _load_pretrained(vit, pretrained_state(config))
     return SparseViT(vit, cell)
-
-
-def _pretrained_state(config: BackboneConfig) -> dict[str, Tensor]:
-    if config.pretrained is True:
-        return _hub_state(config.name)
-    from pathlib import Path
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(str(config.pretrained))
-    if not path.is_file():
-        raise MissingDataError(
-            f"backbone.pretrained={path}: no such file; give a safetensors file of {config.name}, or true"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"backbone.pretrained={path}: not a whole safetensors file: {error}") from error
-
-
-def _hub_state(name: str) -> dict[str, Tensor]:
-    try:
-        with torch.random.fork_rng(devices=[]):  # the projector starts the same with and without
-            return timm.create_model(name, pretrained=True).state_dict()
-    except RuntimeError as error:
-        raise ModelError(f"backbone.pretrained=true: timm has no weights of {name}: {error}") from error
-    except Exception as error:  # the hub's client has its own errors for each way in which a fetch fails
-        raise MissingDataError(
-            f"backbone.pretrained=true: cannot fetch the weights of {name}, no network or hub off "
-            f"({type(error).__name__}): give a local safetensors file with backbone.pretrained=FILE"
-        ) from error
 
 
 def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
@@ -181,15 +159,8 @@ def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
     if weight is None or weight.shape[0] != vit.embed_dim:
         found = "no patch embedding" if weight is None else f"width {weight.shape[0]}"
         raise ModelError(f"backbone.pretrained: expected a ViT of width {vit.embed_dim}, found {found}")
-    # the sum over RGB, not the mean: a grey image fed to all three channels gives the same token
-    state = {**_with_norm_of(vit, state), "patch_embed.proj.weight": weight.sum(1, keepdim=True)}
-    wanted = vit.state_dict()
-    state = {k: v for k, v in checkpoint_filter_fn(state, vit).items() if k in wanted}
-    missing = sorted(set(wanted) - set(state))
-    wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)
-    if missing or wrong:
-        raise ModelError(f"backbone.pretrained: missing {missing[:3]}, of another shape {wrong[:3]}")
-    vit.load_state_dict(state)
+    state = sum_over_rgb(_with_norm_of(vit, state), "patch_embed.proj.weight")
+    load_fitting(vit, checkpoint_filter_fn(state, vit))
 
 
 def _with_norm_of(vit: VisionTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
