@@ -61,9 +61,9 @@ class SparseCNN(nn.Module):
             nn.Linear(self.embed_dim, ATTENTION_WIDTH), nn.Tanh(), nn.Linear(ATTENTION_WIDTH, 1, bias=False)
         )
         nn.init.trunc_normal_(self.position, std=0.02)
-        starts = tiles.window_starts(img_size, tiles_per_side, self.window)
+        starts = tiles.window_starts(img_size, tiles_per_side, self.window, halo)
         whole = tiles.whole_weights(img_size, tiles_per_side, img_size // tiles.STRIDE)
-        cut = tiles.window_weights(img_size, tiles_per_side, self.window, self.window // tiles.STRIDE)
+        cut = tiles.window_weights(img_size, starts, self.window, self.window // tiles.STRIDE)
         self.starts: Tensor
         self.whole_weights: Tensor
         self.window_weights: Tensor
@@ -96,6 +96,11 @@ class SparseCNN(nn.Module):
         Raises:
             ModelError: the images are of another size.
         """
+        if images.shape[1:] != (1, self.img_size, self.img_size):
+            raise ModelError(
+                f"images of shape {list(images.shape)}: the backbone was built for "
+                f"[B, 1, {self.img_size}, {self.img_size}]; resize them or set backbone.img_size"
+            )
         cells = self.describe(images, kept, gate)
         return (self._weights(cells)[..., None] * cells).sum(1)
 
@@ -119,11 +124,6 @@ class SparseCNN(nn.Module):
 
     def fine_cells(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Describe the kept cells [B, m, D] from their windows, or all [B, cells, D] from the whole image."""
-        if images.shape[1:] != (1, self.img_size, self.img_size):
-            raise ModelError(
-                f"images of shape {list(images.shape)}: the backbone was built for "
-                f"[B, 1, {self.img_size}, {self.img_size}]; resize them or set backbone.img_size"
-            )
         if kept is None:
             return _pool(self.cnn.forward_features(images), self.whole_weights)
         windows = tiles.cut(images, kept, self.starts, self.window)

@@ -2,8 +2,7 @@
 
 An image of S x S pixels is divided into ``tiles x tiles`` cells, numbered row by row. A cell is computed
 inside a *window*: its own pixels and at least ``halo`` more to each side, rounded up to whole strides of
-the network, so that no layer rounds pixels away. A window that would stand over the image's border is
-moved inside: no pixel of it is made up.
+the network, so that no layer rounds pixels away. Windows lie inside the image: no pixel is made up.
 """
 
 import torch
@@ -17,10 +16,25 @@ def window_size(img_size: int, tiles: int, halo: int) -> int:
     return -(-(img_size // tiles + 2 * halo) // STRIDE) * STRIDE
 
 
-def window_starts(img_size: int, tiles: int, window: int) -> Tensor:
-    """First pixel of each window along one axis: [tiles] long, within 0..img_size - window."""
-    tile = img_size // tiles
-    return (torch.arange(tiles) * tile - (window - tile) // 2).clamp(0, img_size - window)
+def window_starts(img_size: int, tiles: int, window: int, halo: int) -> Tensor:
+    """First pixel of each window along one axis: [tiles] long, within 0..img_size - window.
+
+    Among the places that hold the tile and its halo, the one on the coarsest grid of strides: so the
+    window's feature maps fall, as far as they can, onto those of the whole image.
+    """
+    tile, room = img_size // tiles, img_size - window
+    return torch.tensor(
+        [_aligned(i * tile - halo, (i + 1) * tile + halo, window, room) for i in range(tiles)]
+    )
+
+
+def _aligned(first: int, stop: int, window: int, room: int) -> int:
+    low, high = min(max(stop - window, 0), room), max(min(first, room), 0)
+    step = STRIDE
+    while high // step * step < low:
+        step //= 2
+    places = range(-(-low // step) * step, high + 1, step)
+    return min(places, key=lambda place: abs(2 * place - low - high))  # the middle, for an even halo
 
 
 def cut(images: Tensor, kept: Tensor, starts: Tensor, window: int) -> Tensor:
@@ -53,10 +67,10 @@ def whole_weights(img_size: int, tiles: int, bins: int) -> Tensor:
     return torch.stack([torch.outer(row, column).flatten() for row in spans for column in spans])
 
 
-def window_weights(img_size: int, tiles: int, window: int, bins: int) -> Tensor:
+def window_weights(img_size: int, starts: Tensor, window: int, bins: int) -> Tensor:
     """Weights [cells, bins^2] that pool each window's own map over its cell: the halo has none."""
-    tile, starts = img_size // tiles, window_starts(img_size, tiles, window).tolist()
-    first = [i * tile - start for i, start in enumerate(starts)]
+    tile = img_size // len(starts)
+    first = [i * tile - start for i, start in enumerate(starts.tolist())]
     spans = [span_weights(f, f + tile, window, bins) for f in first]
     return torch.stack([torch.outer(row, column).flatten() for row in spans for column in spans])
 
