@@ -35,7 +35,7 @@ class BackboneConfig:
     depth: int | None = None
     pool: Literal["token", "avg"] | None = None
     tiles: int | None = None
-    halo: int = 0
+    halo: int | None = None
 
 
 @dataclass(frozen=True)
@@ -280,21 +280,24 @@ def _vit_relations(config: Config) -> list[tuple[bool, str]]:
         return [(False, "backbone: a ViT needs patch_size and pool, a CNN needs tiles; neither is complete")]
     cell, size = b.patch_size * config.method.cell, f"backbone.img_size={b.img_size}"
     return [
-        (b.halo == 0, f"backbone.halo={b.halo}: belongs to a CNN, beside backbone.tiles; leave it at 0"),
+        (b.halo is None, f"backbone.halo={b.halo}: belongs to a CNN, beside backbone.tiles; set to null"),
         (b.img_size % cell == 0, f"{size}: must be a multiple of patch_size x cell = {cell}"),
     ]
 
 
 def _cnn_relations(config: Config) -> list[tuple[bool, str]]:
     """What a CNN's keys must be to each other."""
-    b, tiles = config.backbone, config.backbone.tiles or 1
+    b, tiles, halo = config.backbone, config.backbone.tiles or 1, config.backbone.halo or 0
     foreign = [f"backbone.{key}={v}" for key in ("patch_size", "depth", "pool") if (v := getattr(b, key))]
     size, tile = f"backbone.img_size={b.img_size}", b.img_size // tiles
     return [
         (not foreign, f"{', '.join(foreign)}: of a ViT, but {b.name} has backbone.tiles; set to null"),
         (b.img_size % 32 == 0, f"{size}: must be a multiple of 32, a CNN's stride"),
         (b.img_size % tiles == 0, f"{size}: must be a multiple of backbone.tiles={tiles}"),
-        (tile + 2 * b.halo <= b.img_size, f"backbone.halo={b.halo}: {size} holds no tile of {tile} and two"),
+        (
+            tile + 2 * halo <= b.img_size,
+            f"backbone.halo={halo}: {size} holds no tile of {tile} px and two halos",
+        ),
     ]
 
 

@@ -9,7 +9,9 @@ them (Ilse et al., Attention-based Deep Multiple Instance Learning, arXiv 1802.0
 Dense (no ``kept``) is timm's network on the whole image, its last feature map pooled over the same
 cells, so dense and sparse share every weight. They differ at the windows' borders, where the cut
 network pads with zeros and, in ResNets, GroupNorm sees one window instead of the image;
-``tiles.relative_error`` measures it, ``backbone.halo`` buys it down.
+``tiles.relative_error`` measures it, ``backbone.halo`` buys it down: with fresh weights, residual
+branches open, smooth noise of 256 px in 4 x 4 tiles, halo 0 / 32 / 64: ConvNeXt-atto 0.16 / 0.08 / 0.03,
+ResNet-18 0.59 / 0.42 / 0.25.
 """
 
 import copy
@@ -159,7 +161,7 @@ def build_sparse_cnn(config: BackboneConfig) -> SparseCNN:
     if config.pretrained:
         _load_pretrained(cnn, config)
     assert config.tiles is not None  # what makes it a CNN's configuration
-    return SparseCNN(cnn, config.img_size, config.tiles, config.halo)
+    return SparseCNN(cnn, config.img_size, config.tiles, config.halo or 0)
 
 
 def _load_pretrained(cnn: Any, config: BackboneConfig) -> None:
