@@ -46,7 +46,7 @@ class Model:
         Raises:
             FileNotFoundError: there is no such backbone.
         """
-        told = {"selection": "learned", "backbone.img_size": self.size, **dict(self.changes)}
+        told = {"selection": "surprise", "backbone.img_size": self.size, **dict(self.changes)}
         return (
             build(BackboneConfig, _group("backbone", self.backbone, told), "backbone."),
             build(MethodConfig, _group("method", OURS, told), "method."),

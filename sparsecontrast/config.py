@@ -23,14 +23,19 @@ BASELINES = ("pixels", "random_init", "local_only", "centralised")
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A timm ViT: ``name`` as timm spells it, ``depth`` None for the model's own."""
+    """A timm ViT (``patch_size``, ``pool``, ``depth`` None for the model's own) or CNN (``tiles``, ``halo``).
+
+    ``name`` is as timm spells it. A key of the other kind stays at its default, or is refused.
+    """
 
     name: str
     img_size: int
-    patch_size: int
-    depth: int | None
-    pool: Literal["token", "avg"]
     pretrained: bool | str
+    patch_size: int | None = None
+    depth: int | None = None
+    pool: Literal["token", "avg"] | None = None
+    tiles: int | None = None
+    halo: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class MethodConfig:
     keep: float
     cell: int
     explore: float
+    focus: bool
     surprise_weight: float
     centre_prior: float
     temperature: float
@@ -200,9 +206,11 @@ def check(config: Config) -> None:
         ConfigError: the first one found, with what it may be.
     """
     check_ranges(config)
-    for holds, message in (*_relations(config), *_evaluation_relations(config)):
-        if not holds:
-            raise ConfigError(message)
+    kind = _vit_relations if config.backbone.tiles is None else _cnn_relations
+    for relations in (kind, _relations, _evaluation_relations):
+        for holds, message in relations(config):
+            if not holds:
+                raise ConfigError(message)
 
 
 def split_overrides(text: str) -> list[str]:
@@ -269,18 +277,47 @@ def _choices() -> str:
     return "Known groups: " + "; ".join(known) + ". Any key of configs/ can be set as key=value."
 
 
+def _vit_relations(config: Config) -> list[tuple[bool, str]]:
+    """What a ViT's keys must be to each other, and what is said where they are not; ranges hold already."""
+    b = config.backbone
+    if b.patch_size is None or b.pool is None:
+        return [(False, "backbone: a ViT needs patch_size and pool, a CNN needs tiles; neither is complete")]
+    cell, size = b.patch_size * config.method.cell, f"backbone.img_size={b.img_size}"
+    return [
+        (b.halo is None, f"backbone.halo={b.halo}: belongs to a CNN, beside backbone.tiles; set to null"),
+        (b.img_size % cell == 0, f"{size}: must be a multiple of patch_size x cell = {cell}"),
+    ]
+
+
+def _cnn_relations(config: Config) -> list[tuple[bool, str]]:
+    """What a CNN's keys must be to each other."""
+    b, tiles, halo = config.backbone, config.backbone.tiles or 1, config.backbone.halo or 0
+    foreign = [f"backbone.{key}={v}" for key in ("patch_size", "depth", "pool") if (v := getattr(b, key))]
+    size, tile = f"backbone.img_size={b.img_size}", b.img_size // tiles
+    return [
+        (not foreign, f"{', '.join(foreign)}: of a ViT, but {b.name} has backbone.tiles; set to null"),
+        (b.img_size % 32 == 0, f"{size}: must be a multiple of 32, a CNN's stride"),
+        (b.img_size % tiles == 0, f"{size}: must be a multiple of backbone.tiles={tiles}"),
+        (
+            tile + 2 * halo <= b.img_size,
+            f"backbone.halo={halo}: {size} holds no tile of {tile} px and two halos",
+        ),
+    ]
+
+
+def _least_keep(config: Config) -> float:
+    """The smallest share: each cell of a ViT keeps its coarse token, a CNN computes one tile at least."""
+    return 1 / (config.backbone.tiles or config.method.cell) ** 2
+
+
 def _relations(config: Config) -> list[tuple[bool, str]]:
-    """What keys must be to each other, and what is said where they are not; ranges hold already."""
-    b, m, t, f, d = config.backbone, config.method, config.train, config.federation, config.data
-    cell = b.patch_size * m.cell
+    """What keys must be to each other, whatever the backbone."""
+    m, t, f, d = config.method, config.train, config.federation, config.data
+    least = _least_keep(config)
     return [
         (
-            b.img_size % cell == 0,
-            f"backbone.img_size={b.img_size}: must be a multiple of patch_size x cell = {cell}",
-        ),
-        (
-            1 / m.cell**2 <= m.keep,
-            f"method.keep={m.keep}: must be in [1/cell^2, 1] = [{1 / m.cell**2:g}, 1], all coarse to dense",
+            least <= m.keep,
+            f"method.keep={m.keep}: must be in [{least:g}, 1], all coarse (a CNN: one tile) to dense",
         ),
         (
             m.dense_start + m.dense_end <= 1,
@@ -303,7 +340,7 @@ def _relations(config: Config) -> list[tuple[bool, str]]:
 
 def _evaluation_relations(config: Config) -> list[tuple[bool, str]]:
     """What would otherwise be found after all training."""
-    e, least = config.evaluation, 1 / config.method.cell**2
+    e, least = config.evaluation, _least_keep(config)
     unknown = sorted(set(e.baselines) - set(BASELINES))
     kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
     return [
@@ -311,7 +348,7 @@ def _evaluation_relations(config: Config) -> list[tuple[bool, str]]:
         (
             kept,
             f"evaluation.keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], "
-            "all coarse to dense",
+            "coarsest to dense",
         ),
         (len(e.label_fractions) > 0, "evaluation.label_fractions=[]: must name at least one, such as [1.0]"),
     ]

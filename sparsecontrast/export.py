@@ -67,14 +67,14 @@ def export_run(
     found = trained_round(run)
     method = load_method(run.config, found.tensors)
     images = check_images(run.config.backbone.img_size)
-    kept = method.kept(images, keep)
+    kept = method.choose(images, keep).kept
     if kept is not None and run.config.selection == "random" and "onnx" in formats:
         raise ConfigError("selection=random: torch's random draw cannot be exported; use --keep dense")
     with new_folder(anchored(out)) as folder:
         record: dict[str, Any] = {
             "version": VERSION, "round": found.number, "round_sha256": weights_sha256(found.meta),
             "method": run.config.method.name, "input": _input(run.config),
-            "embedding": method.backbone.embed_dim, "keep": _keep(run.config, method, keep, kept),
+            "embedding": method.embed_dim, "keep": _keep(run.config, method, keep, kept),
             "versions": _versions(formats),
         }  # fmt: skip
         if "timm" in formats:
@@ -118,14 +118,20 @@ def _write_timm(method: Any, config: BackboneConfig, folder: Path, images: Tenso
     except RuntimeError as error:
         raise ExportError(f"{WEIGHTS}: plain timm does not take the weights: {error}") from error
     with torch.no_grad():
-        difference = float((plain(images) - method.encode(images, "dense")).abs().max())
+        difference = float((plain(images) - method.backbone(images)).abs().max())
     if not difference <= TOLERANCE:
         raise ExportError(
             f"{WEIGHTS}: rebuilt by plain timm it differs from the run by {difference:g}, "
             f"allowed {TOLERANCE:g}; not exported"
         )
+    # with method.focus the run's own embedding goes on with a second half, which needs the scorer
     check = {"images": len(images), "max_abs_difference": difference, "tolerance": TOLERANCE}
-    return {"build": build, "weights": WEIGHTS, "check": {"against": "the run, dense", **check}}
+    return {
+        "build": build,
+        "weights": WEIGHTS,
+        "embedding": method.backbone.embed_dim,
+        "check": {"against": "the run, dense", **check},
+    }
 
 
 def _timm_model(backbone: nn.Module, config: BackboneConfig) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A trained method as ONNX graphs with a free batch, checked and timed in onnxruntime.
 
 The sparse graph is one file: image -> saliency -> exclusion -> top-k -> gather -> mixed-resolution
-backbone -> embedding. It asks a method for ``kept`` and ``backbone`` alone, so any backbone with
+backbone -> embedding. It asks a method for ``choose`` and ``backbone`` alone, so any backbone with
 ``forward(images, kept)`` goes through.
 """
 
@@ -34,8 +34,8 @@ class Embedder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the embedding, with the kept cells unless all are kept."""
-        kept = self.method.kept(images, self.keep)
-        embedding = self.method.backbone(images, kept)
+        kept, focus = self.method.choose(images, self.keep)
+        embedding = self.method.backbone(images, kept, focus)
         return embedding if kept is None else (embedding, kept)
 
 
@@ -75,7 +75,7 @@ def write_graphs(
     Raises:
         ExportError: torch cannot export the method, or a graph does not compute what the method does.
     """
-    sparse = method.kept(images, keep) is not None
+    sparse = method.choose(images, keep).kept is not None
     checks, sessions = {}, {}
     for name, share in (("dense", "dense"), ("sparse", keep))[: 1 + sparse]:
         embedder = Embedder(method, share).eval()
@@ -114,7 +114,7 @@ def _write_graph(embedder: Embedder, images: Tensor, file: Path) -> None:
 
 
 def _outputs(embedder: Embedder, images: Tensor) -> list[str]:
-    sparse = embedder.method.kept(images[:1], embedder.keep) is not None
+    sparse = embedder.method.choose(images[:1], embedder.keep).kept is not None
     return ["embedding", "kept"] if sparse else ["embedding"]
 
 

@@ -51,9 +51,7 @@ def overlays(method: Any, dataset: "Dataset", count: int, seed: int) -> list[Ove
     for i, row in enumerate(chosen):
         mask = kept_mask(kept[i], grid)
         boxes = dataset.boxes[row]
-        panels = _panels(
-            dataset.images[row], scores[i].reshape(grid), mask, boxes, getattr(method.config, "cell", 2)
-        )
+        panels = _panels(dataset.images[row], scores[i].reshape(grid), mask, boxes, method.backbone.cell)
         share = box_recall(mask, boxes, dataset.images.shape[1])
         drawn.append(
             Overlay(panels, str(dataset.frame["site"].iloc[row]), _findings(dataset, row),
@@ -68,7 +66,7 @@ def look(method: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple
     for start in range(0, len(images), BATCH):
         batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))
         with torch.no_grad():
-            seen = method.look(evaluation_view(batch, method.backbone.vit.patch_embed.img_size[0]))
+            seen = method.look(evaluation_view(batch, method.backbone.img_size))
         scores.append(seen.scores.float().cpu().numpy())
         kept.append(seen.kept.cpu().numpy())
         grid = seen.grid

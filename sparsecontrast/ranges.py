@@ -26,6 +26,8 @@ RANGES: dict[str, Bounds] = {
     "backbone.img_size": (1, PIXELS, "[]"),
     "backbone.patch_size": (1, PIXELS, "[]"),
     "backbone.depth": (1, 1000, "[]"),
+    "backbone.tiles": (2, 64, "[]"),
+    "backbone.halo": (0, PIXELS, "[]"),
     "method.keep": (0, 1, "(]"),
     "method.cell": (1, PIXELS, "[]"),
     "method.explore": SHARE,

@@ -174,12 +174,13 @@ def _looks(run: Run, dataset: "Dataset | None", absent: str, show: bool) -> dict
 
 def _settings(run: Run) -> list[tuple[str, str]]:
     b, d, f, m, t = (getattr(run.config, n) for n in ("backbone", "data", "federation", "method", "train"))
+    parts = f"{b.tiles}x{b.tiles} tiles" if b.tiles else f"patch {b.patch_size}"
     depth = f", depth {b.depth}" if b.depth else ""
     start = ", from pretrained weights" if b.pretrained else ""
     epochs = "1 local epoch" if t.local_epochs == 1 else f"{t.local_epochs} local epochs"
     return [
         ("method", f"{m.name}, keep {m.keep:g}, selection {m.selection}"),
-        ("backbone", f"{b.name}, {b.img_size} px, patch {b.patch_size}{depth}{start}"),
+        ("backbone", f"{b.name}, {b.img_size} px, {parts}{depth}{start}"),
         ("data", f"{d.name}, {d.image_size} px"),
         ("federation", f"{f.strategy}, {f.rounds} rounds, fraction {f.fraction:g}, partition {f.partition}"),
         ("local training", f"{t.batch_size} images a batch, {epochs}, learning rate {t.lr:g}, {t.precision}"),

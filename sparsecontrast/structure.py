@@ -84,6 +84,8 @@ def _refuse_infinite(value: Any, where: str) -> None:
 
 def _fits(hint: Any, value: Any) -> bool:
     kind = typing.get_origin(hint) or hint
+    if kind is Literal:  # which of its values is told apart later, by name
+        return any(isinstance(value, type(option)) for option in typing.get_args(hint))
     if kind in (Any, type(None)):
         return kind is Any or value is None
     if kind is float:

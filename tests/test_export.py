@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 
@@ -80,7 +81,7 @@ def test_onnxruntime_computes_what_torch_computes(exported, method, batch):
     sparse, kept = onnx_outputs(exported / "sparse.onnx", images)
     np.testing.assert_allclose(dense, method.encode(images, "dense"), atol=1e-4, rtol=0)
     np.testing.assert_allclose(sparse, method.encode(images, "sparse"), atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(kept, method.kept(images, "sparse"))
+    np.testing.assert_array_equal(kept, method.choose(images, "sparse").kept)
     assert np.abs(sparse - dense).max() > 1e-3  # another function, not the dense graph twice
 
 
@@ -136,7 +137,7 @@ def test_the_json_says_how_it_was_made_and_what_was_found(trained, exported, met
     assert {(r["file"], r["batch"]) for r in said["onnx"]["latency"]} == {
         (name, batch) for name in files - {"backbone.safetensors"} for batch in (1, 8)
     }
-    assert said["keep"]["fine_cells"] == method.kept(fresh_images(1)).shape[1]
+    assert said["keep"]["fine_cells"] == method.choose(fresh_images(1)).kept.shape[1]
 
 
 def test_no_path_of_this_machine_leaves_with_the_files(trained, exported):
@@ -265,9 +266,9 @@ def test_a_random_selection_has_no_graph(run, tmp_path):
 
 def test_kept_is_what_encode_keeps(method):
     images = fresh_images(3)
-    assert method.kept(images, "dense") is None and method.kept(images, 1.0) is None
+    assert method.choose(images, "dense").kept is None and method.choose(images, 1.0).kept is None
     with torch.no_grad():
-        embedding = method.backbone(images, method.kept(images, 0.5))
+        embedding = method.backbone(images, *method.choose(images, 0.5))
     assert torch.equal(method.encode(images, 0.5), embedding)
     with pytest.raises(MethodError):
-        method.kept(images, 0.1)
+        method.choose(images, 0.1)

@@ -4,9 +4,10 @@ import dataclasses
 
 import torch
 
-from sparsecontrast.config import Config
+from sparsecontrast.config import BackboneConfig, Config
 from sparsecontrast.methods.sparse_contrast import SparseContrast
-from sparsecontrast.models.sparse_vit import build_sparse_vit
+from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
+from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
 
 METHODS = {"sparse_contrast": SparseContrast, "dense_contrast": SparseContrast}
 
@@ -27,6 +28,12 @@ def build_method(config: Config, pretrained: bool = True) -> SparseContrast:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         told = config.backbone if pretrained else dataclasses.replace(config.backbone, pretrained=False)
-        backbone = build_sparse_vit(told, config.method.cell)
-        torch.nn.init.trunc_normal_(backbone.coarse, std=0.02)
-        return METHODS[config.method.name](config.method, backbone)
+        return METHODS[config.method.name](config.method, _build_backbone(told, config.method.cell))
+
+
+def _build_backbone(config: BackboneConfig, cell: int) -> SparseViT | SparseCNN:
+    if config.tiles is not None:
+        return build_sparse_cnn(config)
+    backbone = build_sparse_vit(config, cell)
+    torch.nn.init.trunc_normal_(backbone.coarse, std=0.02)
+    return backbone

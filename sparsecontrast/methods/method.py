@@ -1,7 +1,7 @@
 """What the trainer, the payload and the evaluation may know of a pretraining method."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,19 @@ class Look:
     scores: Tensor
     kept: Tensor
     grid: tuple[int, int]
+
+
+class Choice(NamedTuple):
+    """What is computed of each image: a backbone's second and third argument.
+
+    Attributes:
+        kept: cells in full detail [B, m], ascending; None for all.
+        focus: weights of those cells in the second half of the embedding [B, m] (of all [B, cells] where
+            all are kept), rows sum to 1; None for an embedding without it.
+    """
+
+    kept: Tensor | None
+    focus: Tensor | None
 
 
 class Method(Protocol):

@@ -3,16 +3,20 @@
 From the paper: a compact saliency predictor trims attention to relevant regions during contrastive
 training; sparsity and feature quality are optimised together. Ours, all of it below:
 
-- the background is demoted to coarse tokens instead of deleted (``models/sparse_vit.py``);
+- the background is demoted to coarse tokens instead of deleted (``models/sparse_vit.py``,
+  ``models/sparse_cnn.py``);
 - a quarter of the kept cells is drawn at random while training, so that no cell is never seen fine;
 - the scorer s learns what normal anatomy looks like and keeps what it does not foretell
   (``models/surprise.py``), beside the contrast and independent of it:
 
-    L_i = InfoNCE_i + lambda_p (-log N(detail_i; mu, sigma)).
+    L_i = InfoNCE_i + lambda_p (-log N(detail_i; mu, sigma));
+
+- the embedding is the mean over the image beside a mean over the kept cells, weighted by softmax(s)
+  (``method.focus``): in a mean over the whole chest a small lesion drowns.
 
 ``selection=attention`` puts a plain convolutional scorer in its place, which learns from the
-attention a_t of an EMA teacher, run dense on a part of the batch, and from the task through gates of
-value 1 on the kept tokens:
+attention a_t of an EMA teacher, run dense on a part of the batch, and from the task through those
+weights:
 
     L_i = InfoNCE_i + lambda_d KL(a_t || softmax(s_i)) + lambda_h [floor - H(softmax(s_i))]_+
           + lambda_s (mean sigmoid(s_i) - m / cells)^2.
@@ -30,7 +34,7 @@ from torch import Tensor, nn
 
 from sparsecontrast import losses
 from sparsecontrast.config import MethodConfig
-from sparsecontrast.methods.method import SHARED, Batch, Look
+from sparsecontrast.methods.method import SHARED, Batch, Choice, Look
 from sparsecontrast.methods.schedule import keep_ratio
 from sparsecontrast.models import tokens
 from sparsecontrast.models.saliency import (
@@ -40,6 +44,7 @@ from sparsecontrast.models.saliency import (
     energy_scores,
     excluded_cells,
 )
+from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
 from sparsecontrast.models.surprise import SurprisePredictor
 
@@ -54,7 +59,7 @@ class SparseContrast(nn.Module):
 
     per_sample = False
 
-    def __init__(self, config: MethodConfig, backbone: SparseViT):
+    def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
         super().__init__()
         self.config = config
         self.backbone = backbone
@@ -64,7 +69,7 @@ class SparseContrast(nn.Module):
             else SurprisePredictor(backbone.grid, config.centre_prior)
         )
         self.projector = nn.Sequential(
-            nn.Linear(backbone.embed_dim, config.projection_hidden),
+            nn.Linear(self.embed_dim, config.projection_hidden),
             nn.LayerNorm(config.projection_hidden),
             nn.GELU(),
             nn.Linear(config.projection_hidden, config.projection_dim),
@@ -81,16 +86,17 @@ class SparseContrast(nn.Module):
             MethodError: ``keep`` is below what all-coarse cells need.
         """
         self._last = {}
-        views = (batch.first, batch.second)
-        scores, terms = zip(*(self._read(view) for view in views), strict=True)
-        z = [self._project(v, s, batch.generator).float() for v, s in zip(views, scores, strict=True)]
+        views = torch.cat([batch.first, batch.second])
+        scores, terms = self._read(views, batch.generator)
+        choice = self._explore(self._masked(views, scores), batch.generator)
+        first, second = self.projector(self.backbone(views, *choice)).float().chunk(2)
         target = self._attention(batch)
         # bf16 autocast would round similarities and log-probabilities to three digits
         with torch.autocast(batch.first.device.type, enabled=False):
-            contrast = losses.info_nce(z[0], z[1], self.config.temperature, batch.patients)
+            contrast = losses.info_nce(first, second, self.config.temperature, batch.patients)
             chance = losses.chance_level(batch.patients)
             self._last |= {"contrast": contrast.detach().mean(), "chance_loss": chance}
-            return contrast + (terms[0] + terms[1]) / 2 + self._distillation(scores[0], target)
+            return contrast + terms.reshape(2, -1).mean(0) + self._distillation(scores, target)
 
     def start_round(self, round_number: int, rounds: int) -> None:
         """Set the kept share for this server round."""
@@ -119,85 +125,86 @@ class SparseContrast(nn.Module):
         """Scalars of the last step: contrast, its chance level, kept share, scorer terms."""
         return {"keep": self.keep, **{k: float(v) for k, v in self._last.items()}}
 
+    @property
+    def embed_dim(self) -> int:
+        """Width of an embedding: the backbone's, twice with focus."""
+        return self.backbone.embed_dim * (2 if self.config.focus else 1)
+
     @torch.no_grad()
     def encode(self, images: Tensor, keep: str | float = "dense") -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D]; ``keep`` is dense, sparse (as configured) or a number."""
-        return self.backbone(images, self.kept(images, keep))
+        return self.backbone(images, *self.choose(images, keep))
 
     @torch.no_grad()
-    def kept(self, images: Tensor, keep: str | float = "sparse") -> Tensor | None:
-        """Cells [B, m] that ``encode`` keeps fine, ascending; None, and nothing scored, where all are.
+    def choose(self, images: Tensor, keep: str | float = "sparse") -> Choice:
+        """Choose what ``encode`` computes of images [B, 1, H, W]; nothing is scored that need not be.
 
         Raises:
-            MethodError: a number below what all-coarse cells need, or above 1.
+            MethodError: ``keep`` is a number below what all-coarse cells need, or above 1.
         """
-        m = tokens.fine_cells(self._share(keep), self.backbone.num_cells, self.config.cell)
-        return None if m == self.backbone.num_cells else tokens.top_k(self._scores(images), m)
+        named = {"dense": 1.0, "sparse": self.config.keep}
+        m = self.backbone.kept_cells(named[keep] if isinstance(keep, str) else keep)
+        dense = m == self.backbone.num_cells
+        if dense and not self.config.focus:
+            return Choice(None, None)
+        scores = self._masked(images, self._scores(images))
+        kept = None if dense else tokens.top_k(scores, m)
+        return Choice(kept, self._focus(scores, kept))
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Look:
         """Return scores and the cells kept at the configured share."""
-        scores = self._scores(images)
-        m = tokens.fine_cells(self.config.keep, self.backbone.num_cells, self.config.cell)
-        return Look(scores, tokens.top_k(scores, m), self.backbone.grid)
+        scores = self._masked(images, self._scores(images))
+        return Look(
+            scores, tokens.top_k(scores, self.backbone.kept_cells(self.config.keep)), self.backbone.grid
+        )
 
-    def _share(self, keep: str | float) -> float:
-        named = {"dense": 1.0, "sparse": self.config.keep}
-        return named[keep] if isinstance(keep, str) else keep
-
-    def _scores(self, images: Tensor) -> Tensor:
-        return self._mask(images, self._select(images, self._learned(images)))
-
-    def _read(self, view: Tensor) -> tuple[Tensor, Tensor]:
-        """The scorer's scores [B, cells] and what they cost each row [B]."""
+    def _read(self, views: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Scores of all cells [N, cells], and what the scorer's own terms cost each view [N]."""
         c = self.config
+        nothing = views.new_zeros(len(views), dtype=torch.float32)
         if c.selection == "attention":
-            scores = self.saliency(view).float()
+            scores = self.saliency(views).float()
             return scores, self._budget_terms(scores)
         if c.selection == "surprise" and c.surprise_weight > 0:
-            scores, loss = self.saliency.read(view)  # type: ignore[operator]
+            scores, loss = self.saliency.read(views)  # type: ignore[operator]
             self._last["surprise"] = loss.detach().mean()
             return scores, c.surprise_weight * loss
-        nothing = view.new_zeros(len(view), dtype=torch.float32)
-        return nothing[:, None].expand(-1, self.backbone.num_cells), nothing
+        return self._scores(views, generator), nothing
 
-    def _project(self, view: Tensor, scores: Tensor, generator: torch.Generator) -> Tensor:
-        m = tokens.fine_cells(self.keep, self.backbone.num_cells, self.config.cell)
-        if m == self.backbone.num_cells:
-            return self.projector(self.backbone(view))
-        ranks = self._mask(view, self._select(view, scores.detach(), generator))
+    def _explore(self, scores: Tensor, generator: torch.Generator) -> Choice:
+        """Choose as ``choose`` does, with a share of the cells drawn at random."""
+        m = self.backbone.kept_cells(self.keep)
         explore = 0.0 if self.config.selection == "random" else self.config.explore
-        kept = tokens.explore_top_k(ranks, m, explore, generator)
-        if not scores.requires_grad:
-            return self.projector(self.backbone(view, kept))
-        gate = scores.gather(1, kept).sigmoid()
-        return self.projector(self.backbone(view, kept, 1 + gate - gate.detach()))
+        dense = m == self.backbone.num_cells
+        kept = None if dense else tokens.explore_top_k(scores.detach(), m, explore, generator)
+        return Choice(kept, self._focus(scores, kept))
 
-    def _learned(self, images: Tensor) -> Tensor:
-        if self.config.selection in ("surprise", "attention"):
-            return self.saliency(images).float()
-        return images.new_zeros(images.shape[0], self.backbone.num_cells, dtype=torch.float32)
+    def _focus(self, scores: Tensor, kept: Tensor | None) -> Tensor | None:
+        """Weights of the kept cells, rows sum to 1."""
+        if not self.config.focus:
+            return None
+        return (scores if kept is None else scores.gather(1, kept)).softmax(1)
 
-    def _select(self, images: Tensor, learned: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def _scores(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scores [B, cells] of the configured selection; ``random`` without a generator is a fixed draw."""
-        if self.config.selection in ("surprise", "attention"):
-            return learned
-        if self.config.selection == "random":
-            if generator is None:
-                generator = torch.Generator().manual_seed(0)
-                return torch.rand(learned.shape[1], generator=generator).to(learned).expand_as(learned)
-            return torch.rand(learned.shape, generator=generator).to(learned)
-        if self.config.selection == "centre":
-            return centre_scores(self.backbone.grid).to(learned).expand_as(learned)
-        return energy_scores(images, self.backbone.grid)
+        selection, grid = self.config.selection, self.backbone.grid
+        if selection in ("surprise", "attention"):
+            scores = self.saliency(images).float()
+        elif selection == "random":
+            shape = (images.shape[0] if generator else 1, self.backbone.num_cells)
+            scores = torch.rand(shape, generator=generator or torch.Generator().manual_seed(0))
+        else:
+            scores = centre_scores(grid)[None] if selection == "centre" else energy_scores(images, grid)
+        return scores.to(images.device).expand(images.shape[0], -1)
 
-    def _mask(self, images: Tensor, scores: Tensor) -> Tensor:
+    def _masked(self, images: Tensor, scores: Tensor) -> Tensor:
         return scores + EXCLUDED * excluded_cells(images, self.backbone.grid)
 
     def _budget_terms(self, scores: Tensor) -> Tensor:
         """Sparsity budget and entropy floor of attention scores, [B]."""
         c = self.config
-        share = tokens.fine_cells(c.keep, self.backbone.num_cells, c.cell) / self.backbone.num_cells
+        share = self.backbone.kept_cells(c.keep) / self.backbone.num_cells
         budget = c.sparsity_weight * losses.sparsity_budget(scores, share)
         return budget + c.entropy_weight * losses.entropy_shortfall(scores, c.entropy_floor)
 
@@ -211,9 +218,9 @@ class SparseContrast(nn.Module):
             return self.teacher.attention(batch.first[:n]).float()
 
     def _distillation(self, scores: Tensor, target: Tensor | None) -> Tensor:
-        """KL of the rows that the teacher saw, zero for the others, [B]."""
+        """KL of the first views that the teacher saw, zero for the other rows: [B] of scores [2B, cells]."""
         if target is None:
-            return scores.new_zeros(len(scores))
+            return scores.new_zeros(len(scores) // 2)
         kl = losses.distillation(scores[: len(target)], target)
         self._last["distillation"] = kl.detach().mean()
-        return self.config.distill_weight * F.pad(kl, (0, len(scores) - len(target)))
+        return self.config.distill_weight * F.pad(kl, (0, len(scores) // 2 - len(target)))

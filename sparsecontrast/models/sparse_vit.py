@@ -11,13 +11,13 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from sparsecontrast.config import BackboneConfig
-from sparsecontrast.errors import MissingDataError, ModelError
+from sparsecontrast.errors import ModelError
 from sparsecontrast.models import tokens
+from sparsecontrast.models.pretrained import load_fitting, pretrained_state, sum_over_rgb
 
 
 class SparseViT(nn.Module):
@@ -47,28 +47,42 @@ class SparseViT(nn.Module):
         """Width D of the embedding."""
         return self.vit.embed_dim
 
-    def forward(self, images: Tensor, kept: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-        """Embed images [B, 1, H, W] -> [B, D].
+    @property
+    def img_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.grid[0] * self.cell * self.vit.patch_embed.patch_size[0]
+
+    def kept_cells(self, keep: float) -> int:
+        """Cells to keep fine for a share ``keep`` of all tokens (``tokens.fine_cells``)."""
+        return tokens.fine_cells(keep, self.num_cells, self.cell)
+
+    def forward(self, images: Tensor, kept: Tensor | None = None, focus: Tensor | None = None) -> Tensor:
+        """Embed images [B, 1, H, W] -> [B, D], or [B, 2 D] with ``focus``.
 
         Args:
             images: at the backbone's size.
             kept: cells to keep fine [B, m], each row ascending; None keeps all (dense).
-            gate: [B, m] factors on the kept cells' tokens, 1 in value: they let a gradient reach the scorer.
+            focus: weights of the kept cells [B, m], of all [B, cells] where all are kept; rows sum to 1.
+                The second half of the embedding is the mean of the fine tokens under these weights.
         """
         vit = self.vit
         if kept is None:
-            return vit.forward_head(vit.forward_features(images), pre_logits=True)
-        x = self.embed(images, kept, gate)
-        areas = self._areas(kept.shape[1], x)
-        bias = areas.log().to(_attention_dtype(x))[None, None, None]
-        for block in vit.blocks.children():
-            x = block(x, attn_mask=bias)
-        x = vit.norm(x)
-        if vit.global_pool == "token":
-            return vit.forward_head(x, pre_logits=True)
-        return vit.head_drop(vit.fc_norm(self._area_mean(x, areas)))
+            x = vit.forward_features(images)
+            pooled = vit.pool(x)
+        else:
+            x = self.embed(images, kept)
+            areas = self._areas(kept.shape[1], x)
+            bias = areas.log().to(_attention_dtype(x))[None, None, None]
+            for block in vit.blocks.children():
+                x = block(x, attn_mask=bias)
+            x = vit.norm(x)
+            pooled = vit.pool(x) if vit.global_pool == "token" else self._area_mean(x, areas)
+        pooled = vit.fc_norm(pooled)
+        if focus is not None:
+            pooled = torch.cat([pooled, vit.fc_norm(self._focused(x, kept, focus))], dim=1)
+        return vit.head_drop(pooled)
 
-    def embed(self, images: Tensor, kept: Tensor, gate: Tensor | None = None) -> Tensor:
+    def embed(self, images: Tensor, kept: Tensor) -> Tensor:
         """Return the input tokens [B, prefix + cell^2 m + (cells - m), D]: fine, then coarse."""
         vit, cell = self.vit, self.cell
         patch = vit.patch_embed.patch_size[0]
@@ -77,9 +91,6 @@ class SparseViT(nn.Module):
         fine = tokens.kept_patches(images, patch, cell, kept)
         coarse = tokens.gather(tokens.coarse_patches(images, patch, cell), rest)
         body = self._project(torch.cat([fine, coarse], dim=1))
-        if gate is not None:
-            factors = F.pad(gate.repeat_interleave(cell * cell, dim=1), (0, rest.shape[1]), value=1.0)
-            body = body * factors[..., None].to(body.dtype)
         places = torch.cat([table, table[self.positions].mean(1) + self.coarse[0]])  # type: ignore[index]
         index = torch.cat([self.positions[kept].flatten(1), rest + len(table)], dim=1)  # type: ignore[index]
         body = body + places[index]
@@ -111,6 +122,17 @@ class SparseViT(nn.Module):
         """Mean over the image's area: a coarse token counts for the cell^2 patches it stands for."""
         weights = areas[self.vit.num_prefix_tokens :].to(x.dtype)
         return torch.einsum("bnd,n->bd", x[:, self.vit.num_prefix_tokens :], weights / weights.sum())
+
+    def _focused(self, x: Tensor, kept: Tensor | None, focus: Tensor) -> Tensor:
+        """Mean of the fine tokens, each cell's share spread evenly over its patches: [B, D]."""
+        body, area = x[:, self.vit.num_prefix_tokens :], self.cell**2
+        weights = (focus / area).to(x.dtype)
+        if kept is None:  # patches lie row by row over the image, not cell by cell
+            weights = weights.unflatten(1, self.grid)
+            weights = weights.repeat_interleave(self.cell, 1).repeat_interleave(self.cell, 2).flatten(1)
+        else:
+            weights = weights.repeat_interleave(area, dim=1)
+        return torch.einsum("bnd,bn->bd", body[:, : weights.shape[1]], weights)
 
     def _project(self, patches: Tensor) -> Tensor:
         """The patch embedding as one matrix product: [B, K, C * patch^2] -> [B, K, D]."""
@@ -152,40 +174,8 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
     ):
         raise ModelError(f"backbone.name={config.name}: only plain ViTs with learned positions are supported")
     if config.pretrained:
-        _load_pretrained(vit, _pretrained_state(config))
+        _load_pretrained(vit, pretrained_state(config))
     return SparseViT(vit, cell)
-
-
-def _pretrained_state(config: BackboneConfig) -> dict[str, Tensor]:
-    if config.pretrained is True:
-        return _hub_state(config.name)
-    from pathlib import Path
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(str(config.pretrained))
-    if not path.is_file():
-        raise MissingDataError(
-            f"backbone.pretrained={path}: no such file; give a safetensors file of {config.name}, or true"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"backbone.pretrained={path}: not a whole safetensors file: {error}") from error
-
-
-def _hub_state(name: str) -> dict[str, Tensor]:
-    try:
-        with torch.random.fork_rng(devices=[]):  # the projector starts the same with and without
-            return timm.create_model(name, pretrained=True).state_dict()
-    except RuntimeError as error:
-        raise ModelError(f"backbone.pretrained=true: timm has no weights of {name}: {error}") from error
-    except Exception as error:  # the hub's client has its own errors for each way in which a fetch fails
-        raise MissingDataError(
-            f"backbone.pretrained=true: cannot fetch the weights of {name}, no network or hub off "
-            f"({type(error).__name__}): give a local safetensors file with backbone.pretrained=FILE"
-        ) from error
 
 
 def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
@@ -194,15 +184,8 @@ def _load_pretrained(vit: VisionTransformer, state: dict[str, Tensor]) -> None:
     if weight is None or weight.shape[0] != vit.embed_dim:
         found = "no patch embedding" if weight is None else f"width {weight.shape[0]}"
         raise ModelError(f"backbone.pretrained: expected a ViT of width {vit.embed_dim}, found {found}")
-    # the sum over RGB, not the mean: a grey image fed to all three channels gives the same token
-    state = {**_with_norm_of(vit, state), "patch_embed.proj.weight": weight.sum(1, keepdim=True)}
-    wanted = vit.state_dict()
-    state = {k: v for k, v in checkpoint_filter_fn(state, vit).items() if k in wanted}
-    missing = sorted(set(wanted) - set(state))
-    wrong = sorted(k for k, v in state.items() if v.shape != wanted[k].shape)
-    if missing or wrong:
-        raise ModelError(f"backbone.pretrained: missing {missing[:3]}, of another shape {wrong[:3]}")
-    vit.load_state_dict(state)
+    state = sum_over_rgb(_with_norm_of(vit, state), "patch_embed.proj.weight")
+    load_fitting(vit, checkpoint_filter_fn(state, vit))
 
 
 def _with_norm_of(vit: VisionTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
