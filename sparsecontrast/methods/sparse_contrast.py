@@ -88,7 +88,7 @@ class SparseContrast(nn.Module):
         self._last = {}
         views = torch.cat([batch.first, batch.second])
         scores, terms = self._read(views, batch.generator)
-        choice = self._explore(self._masked(views, scores), batch.generator)
+        choice = self._explore(views, scores, batch.generator)
         first, second = self.projector(self.backbone(views, *choice)).float().chunk(2)
         target = self._attention(batch)
         # bf16 autocast would round similarities and log-probabilities to three digits
@@ -172,11 +172,14 @@ class SparseContrast(nn.Module):
             return scores, c.surprise_weight * loss
         return self._scores(views, generator), nothing
 
-    def _explore(self, scores: Tensor, generator: torch.Generator) -> Choice:
+    def _explore(self, views: Tensor, scores: Tensor, generator: torch.Generator) -> Choice:
         """Choose as ``choose`` does, with a share of the cells drawn at random."""
         m = self.backbone.kept_cells(self.keep)
-        explore = 0.0 if self.config.selection == "random" else self.config.explore
         dense = m == self.backbone.num_cells
+        if dense and not self.config.focus:
+            return Choice(None, None)
+        scores = self._masked(views, scores)
+        explore = 0.0 if self.config.selection == "random" else self.config.explore
         kept = None if dense else tokens.explore_top_k(scores.detach(), m, explore, generator)
         return Choice(kept, self._focus(scores, kept))
 
