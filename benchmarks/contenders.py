@@ -154,8 +154,8 @@ class Encoder(nn.Module):
         return self.run(self.network, images)
 
 
-def build_workload(contender: Contender, model: Model, device: torch.device) -> Workload:
-    """Build a contender on a device, always from the same seed.
+def build_workload(contender: Contender, model: Model, device: torch.device, seed: int = 0) -> Workload:
+    """Build a contender on a device; the same seed gives the same weights.
 
     Raises:
         FileNotFoundError: the backbone is not among the configs.
@@ -163,9 +163,9 @@ def build_workload(contender: Contender, model: Model, device: torch.device) -> 
     """
     backbone, method = model.configs()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         make = _ours if contender.method == OURS else _rival
-        work = make(contender, backbone, method, device)
+        work = make(contender, backbone, method, device, seed)
     for part in work.module.modules():
         if hasattr(part, "fused_attn"):  # a flag of timm's attention
             setattr(part, "fused_attn", contender.attention == "fused")  # noqa: B010
@@ -190,24 +190,24 @@ def random_batch(size: int, images: int, device: torch.device, step: int) -> Bat
 
 
 def _ours(
-    contender: Contender, backbone: BackboneConfig, method: MethodConfig, device: torch.device
+    contender: Contender, backbone: BackboneConfig, method: MethodConfig, device: torch.device, seed: int
 ) -> Workload:
     # build_method reads these of a run's configuration and nothing else
-    run = cast(Config, SimpleNamespace(seed=0, backbone=backbone, method=method))
+    run = cast(Config, SimpleNamespace(seed=seed, backbone=backbone, method=method))
     module = build_method(run).to(device)
     module.keep = contender.keep
     return Workload(
         module, lambda images: module.encode(images, contender.keep), module.after_step,
-        method.distill_every if method.distill_weight > 0 else 1, contender.precision, device,
+        method.distill_every if module.teacher is not None else 1, contender.precision, device,
     )  # fmt: skip
 
 
 def _rival(
-    contender: Contender, backbone: BackboneConfig, method: MethodConfig, device: torch.device
+    contender: Contender, backbone: BackboneConfig, method: MethodConfig, device: torch.device, seed: int
 ) -> Workload:
     if backbone.name.startswith("vit_"):
         sparse = build_sparse_vit(backbone, method.cell)
-        encoder, dim = _vit_encoder(contender, sparse), sparse.embed_dim
+        encoder, dim = _vit_encoder(contender, sparse, seed), sparse.embed_dim
     else:
         network: Any = timm.create_model(backbone.name, in_chans=1, num_classes=0)
         size = backbone.img_size
@@ -218,8 +218,8 @@ def _rival(
     return Workload(module, encoder, _nothing, 1, contender.precision, device)
 
 
-def _vit_encoder(contender: Contender, sparse: SparseViT) -> Encoder:
-    vit, keep, generator = sparse.vit, contender.keep, torch.Generator().manual_seed(0)
+def _vit_encoder(contender: Contender, sparse: SparseViT, seed: int) -> Encoder:
+    vit, keep, generator = sparse.vit, contender.keep, torch.Generator().manual_seed(seed)
     patches, (size, _) = vit.patch_embed.num_patches, vit.patch_embed.img_size
     small = equal_cost_size(size, vit.patch_embed.patch_size[0], keep)
 

@@ -27,9 +27,9 @@ class Features:
 
     Attributes:
         name: as shown in tables.
-        models: [N, D] each; more than one where every site trained its own.
-        sites: the site of each model, empty for one model of all. A cell is then scored by the
-            models of the sites that hold its images, each weighted by its share of them.
+        models: [N, D] each; more than one where every site trained its own, or one for each seed.
+        sites: the site of each model: a cell is then scored by the models of the sites that hold its
+            images, each weighted by its share of them. Empty for models of all sites, which count equally.
     """
 
     name: str
@@ -70,14 +70,15 @@ class Scorer:
                 for metric in METRICS:
                     cells = {}
                     for one in features:
-                        cells[one.name] = self._cells(one, task, table, fraction, metric)
+                        cells[one.name] = self.cells(one, task, table, fraction, metric)
                         rows += [self._row(one.name, task, fraction, metric, c) for c in cells[one.name]]
                         tick(f"{one.name}: {task.name}, {fraction:.0%} of the labels")
                     if metric == METRICS[0]:
                         differences += self._differences(cells, task, fraction, metric)
         return rows, differences
 
-    def _cells(self, one: Features, task: Task, table: Table, fraction: float, metric: str) -> list["_Cell"]:
+    def cells(self, one: Features, task: Task, table: Table, fraction: float, metric: str) -> list["Cell"]:
+        """Score one feature set: its labels, and their macro where there are several, at each site."""
         scored = {
             label: self._score_label(one, task, label, table, fraction, metric) for label in task.labels
         }
@@ -122,12 +123,12 @@ class Scorer:
         probe = probes.fit_probe(x[train], labels[train], table.patients[train], validation)
         return probe.scores(x[part.test])
 
-    def _row(self, name: str, task: Task, fraction: float, metric: str, cell: "_Cell") -> dict[str, Any]:
+    def _row(self, name: str, task: Task, fraction: float, metric: str, cell: "Cell") -> dict[str, Any]:
         found = None if cell.reason else probes.bootstrap(cell.scored, self.replicates, self.seed)
         return self._record(name, task, fraction, metric, cell, found)
 
     def _differences(
-        self, cells: dict[str, list["_Cell"]], task: Task, fraction: float, metric: str
+        self, cells: dict[str, list["Cell"]], task: Task, fraction: float, metric: str
     ) -> Iterator[dict[str, Any]]:
         first, *others = cells
         for name in others:
@@ -138,7 +139,7 @@ class Scorer:
                 yield self._record(f"{first} - {name}", task, fraction, f"{metric}_difference", a, found)
 
     def _record(
-        self, name: str, task: Task, fraction: float, metric: str, cell: "_Cell", found: Interval | None
+        self, name: str, task: Task, fraction: float, metric: str, cell: "Cell", found: Interval | None
     ) -> dict[str, Any]:
         reason = cell.reason
         if found is not None and found.low is None:
@@ -169,7 +170,9 @@ class _Label:
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
+    """One label or macro at one site; ``scored`` is empty where ``reason`` says why."""
+
     label: str
     site: str
     scored: tuple[Scored, ...]
@@ -200,7 +203,7 @@ def _why_not(labels: np.ndarray, trains: list[np.ndarray], held_out: int) -> str
     return None
 
 
-def _cut(label: str, site: str, cut: bool, found: _Label, one: Features, table: Table) -> _Cell:
+def _cut(label: str, site: str, cut: bool, found: _Label, one: Features, table: Table) -> Cell:
     """Cut a label's scores to a training site; pairs are compared within a source and fold only."""
     here = np.flatnonzero(table.sites[found.rows] == site) if cut else np.arange(len(found.rows))
     rows = found.rows[here]
@@ -210,13 +213,13 @@ def _cut(label: str, site: str, cut: bool, found: _Label, one: Features, table: 
     counts = (len(set(patients.tolist())), len(rows), positives, found.trained)
     reason = found.reason or _why_not_here(truth, None if found.strata is None else found.strata[here])
     if reason or found.scores is None or found.strata is None:
-        return _Cell(label, site, (), *counts, reason)
+        return Cell(label, site, (), *counts, reason)
     weights = _weights(one, table.sites[rows])
     used = weights > 0
     if not used.any():
-        return _Cell(label, site, (), *counts, "not computable: no model was trained at these sites")
+        return Cell(label, site, (), *counts, "not computable: no model was trained at these sites")
     scored = Scored(found.scores[used][:, here], truth, patients, found.strata[here], weights[used])
-    return _Cell(label, site, (scored,), *counts, None)
+    return Cell(label, site, (scored,), *counts, None)
 
 
 def _why_not_here(truth: np.ndarray, strata: np.ndarray | None) -> str | None:
@@ -234,15 +237,15 @@ def _why_not_here(truth: np.ndarray, strata: np.ndarray | None) -> str | None:
 def _weights(one: Features, sites: np.ndarray) -> np.ndarray:
     """Share of each model [M] in a cell whose images lie at ``sites``."""
     if not one.sites:
-        return np.ones(1)
+        return np.full(len(one.models), 1 / len(one.models))
     held = np.array([(sites == s).sum() for s in one.sites], dtype=float)
     return held / max(held.sum(), 1.0)
 
 
-def _macro(site: str, parts: list[_Cell]) -> _Cell:
+def _macro(site: str, parts: list[Cell]) -> Cell:
     """Mean over the labels that can be computed; how many those are is part of the row."""
     usable = [p for p in parts if not p.reason]
     largest = max(parts, key=lambda p: p.images)
     counts = (largest.patients, largest.images, sum(p.positives for p in usable), largest.trained)
     reason = None if usable else f"not computable: none of {len(parts)} labels can be judged"
-    return _Cell(MACRO, site, tuple(s for p in usable for s in p.scored), *counts, reason)
+    return Cell(MACRO, site, tuple(s for p in usable for s in p.scored), *counts, reason)

@@ -62,8 +62,8 @@ class LocalTrainer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module: nn.Module = method.to(self.device)  # type: ignore[attr-defined]
         if config.train.precision == "bf16" and self.device.type == "cpu":
-            _explicit_attention(self.module)
-        self.optimizer = _optimizer(self.module, config.train)
+            explicit_attention(self.module)
+        self.optimizer = build_optimizer(self.module, config.train)
         low, high = config.train.crop_area
         self.augmentation = Augmentation(area=(low, high), degrees=config.train.rotation)
         self._restored = False
@@ -231,14 +231,14 @@ def _partners(rows: np.ndarray, patients: np.ndarray, generator: torch.Generator
     return order[first + np.floor(draws * (last - first)).astype(np.int64)]
 
 
-def _explicit_attention(module: nn.Module) -> None:
+def explicit_attention(module: nn.Module) -> None:
     """Write attention as matrix products: on a CPU the fused kernel's bf16 backward is the slower one."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
             setattr(part, "fused_attn", False)  # noqa: B010  a flag of timm's, unknown to the type checker
 
 
-def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; biases, norms and single vectors do not decay."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [

@@ -1,0 +1,214 @@
+"""Is sparse as good as dense? Probe AUROC of every arm, paired seeds, on phantoms and real films.
+
+    python -m benchmarks.quality [--quick] [--json FILE] [--root ../shared/data/cxr_multisite]
+
+All arms of a seed start from equal weights and see the same batches and views for the same number of
+steps; two more get as much CPU time as the dense arm took. Whatever is trained is asked by a linear
+probe on patients that training never saw. Runs are kept under ``--out`` and continued when the command
+is given again; ``--workers`` of them run at a time, one thread each.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import quality_arms as qa
+from benchmarks.record import print_table, write_result
+from sparsecontrast import probes
+from sparsecontrast.config import compose
+from sparsecontrast.data.cache import load_dataset
+from sparsecontrast.data.dataset import Dataset
+from sparsecontrast.scoring import Cell, Features, Scorer
+from sparsecontrast.tasks import make_table, parse_tasks
+
+DATA = ("phantoms", "multisite")
+REFERENCE = "dense"
+METRIC = "linear_probe_auroc"
+QUICK = qa.Protocol(size=32, patch=4, depth=1, steps=2, batch=8)
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing, then score all and record the table."""
+    args = _arguments(argv)
+    protocol = QUICK if args.quick else qa.Protocol()
+    if args.one:
+        train_one(args, protocol, *args.one)
+        return
+    jobs = [job for job in _jobs(args, protocol) if not _file(args, *job).exists()]
+    with ThreadPoolExecutor(args.workers) as pool:
+        for data in dict.fromkeys(job[0] for job in jobs):
+            dataset(args, protocol, data)  # the cache that all workers read
+        list(pool.map(lambda job: _call(args, job), jobs))
+    rows = [row for data in args.data for row in score(args, protocol, data)]
+    print_table("Linear-probe AUROC, mean over seeds", rows)
+    if args.json:
+        write_result("quality", _command(args), rows, args.json)
+
+
+def train_one(args: argparse.Namespace, protocol: qa.Protocol, data: str, seed: str, name: str) -> None:
+    """Train one arm of one seed and keep its features."""
+    torch.set_num_threads(1)
+    arm = qa.arms(protocol)[name]
+    found = dataset(args, protocol, data)
+    train = np.flatnonzero(found.frame["split"].to_numpy(dtype=str) == "train")
+    reference = _file(args, data, seed, REFERENCE)
+    seconds = qa.load(reference).facts["train_seconds"] if arm.steps is None else None
+    trained = qa.train_arm(arm, protocol, found.images, train, int(seed), seconds)
+    qa.save(trained, _file(args, data, seed, name))
+
+
+def dataset(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> Dataset:
+    """Load the images of one data set."""
+    own = [f"backbone.img_size={protocol.size}", f"backbone.patch_size={protocol.patch}"]
+    if data == "phantoms":
+        patients = 12 if args.quick else 400
+        own += [f"data.phantom.patients_per_site={patients}", "data.phantom.images_per_patient=1",
+                "data.val_fraction=0.1", "data.test_fraction=0.4"]  # fmt: skip
+    else:
+        own += ["experiment=multisite_cxr", f"data.root={Path(args.root).resolve()}"]
+    out = Path(args.out).resolve()
+    return load_dataset(compose(own), out / "cache", out / "state", progress=False)
+
+
+def score(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> list[dict[str, Any]]:
+    """Rows of one data set: each arm and mode, each label and macro, beside its difference to dense."""
+    found = dataset(args, protocol, data)
+    table = make_table(found.frame)
+    tasks = parse_tasks(compose(_tasks(args, data)).evaluation.tasks, table)
+    replicates = 50 if args.quick else 1000
+    scorer = Scorer((1.0,), 20, replicates, 0)
+    sets = list(_feature_sets(args, protocol, data, found))
+    rows = []
+    for task in tasks:
+        cells: dict[str, list[Cell]] = {}
+        for one, facts in sets:
+            cells[one.name] = [
+                c for c in scorer.cells(one, task, table, 1.0, METRIC) if c.site in ("pooled", task.site)
+            ]
+            for cell, reference in zip(cells[one.name], cells[REFERENCE], strict=True):
+                row = {"data": data, "task": task.name, "label": cell.label, "arm": one.name}
+                rows.append({**row, **_figures(cell, reference, replicates), **facts})
+    return rows
+
+
+def _figures(cell: Cell, reference: Cell, replicates: int) -> dict[str, Any]:
+    """Mean over seeds with its interval over patients; the paired difference over patients and seeds."""
+    if cell.reason or reference.reason:
+        return {"reason": cell.reason or reference.reason}
+    whole = probes.bootstrap(cell.scored, replicates, 0)
+    seeds, others = _by_seed(cell), _by_seed(reference)
+    figures = {
+        "auroc": round(whole.value, 4), "low": whole.low, "high": whole.high,
+        "patients": cell.patients, "positives": cell.positives, "seeds": [round(v, 4) for v in seeds],
+    }  # fmt: skip
+    if len(seeds) == len(others):
+        paired = probes.paired_bootstrap(cell.scored, reference.scored, replicates, 0)
+        differences = [a - b for a, b in zip(seeds, others, strict=True)]
+        low, high = _t_interval(differences)
+        figures |= {
+            "minus_dense": round(paired.value, 4), "patients_low": paired.low, "patients_high": paired.high,
+            "seeds_low": low, "seeds_high": high,
+        }  # fmt: skip
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def _by_seed(cell: Cell) -> list[float]:
+    """AUROC of each seed's model, the mean over a macro's labels."""
+    values = [[probes.auroc(s, c.labels, c.strata) for s in c.scores] for c in cell.scored]
+    return [float(v) for v in np.mean(values, axis=0)]
+
+
+def _t_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean over seeds, by Student's t."""
+    if len(values) not in T_975:
+        return None, None
+    half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def _feature_sets(
+    args: argparse.Namespace, protocol: qa.Protocol, data: str, found: Dataset
+) -> Iterator[tuple[Features, dict[str, Any]]]:
+    """Features of each arm and mode, one model a seed; dense first, then raw pixels and an untrained net."""
+    for name in qa.arms(protocol):
+        files = [_file(args, data, str(seed), name) for seed in args.seeds]
+        trained = [qa.load(file) for file in files if file.exists()]
+        if not trained:
+            continue
+        names = sorted({key for t in trained for key in t.facts})
+        facts = {f"mean_{k}": round(statistics.mean(t.facts[k] for t in trained), 3) for k in names}
+        for mode in trained[0].features:
+            label = name if mode == "own" else f"{name}, asked {mode}"
+            yield Features(label, tuple(t.features[mode] for t in trained)), facts
+    yield Features("pixels_16x16", (probes.downsampled_pixels(np.asarray(found.images)),)), {}
+    arm = qa.arms(protocol)[REFERENCE]
+    models = [qa.build_arm(arm, protocol, seed) for seed in args.seeds]
+    fresh = tuple(qa.encode(arm, model, found.images, protocol, "own") for model in models)
+    yield Features("random_init", fresh), {}
+
+
+def _tasks(args: argparse.Namespace, data: str) -> list[str]:
+    return [] if data == "phantoms" else ["experiment=multisite_cxr", f"data.root={args.root}"]
+
+
+def _jobs(args: argparse.Namespace, protocol: qa.Protocol) -> list[tuple[str, str, str]]:
+    """Everything to train, whole seeds first; what needs the dense arm's time comes after it."""
+    names = [n for n in qa.arms(protocol) if args.arms is None or n in args.arms]
+    named = {n: qa.arms(protocol)[n] for n in names}
+    first = [n for n in names if named[n].steps is not None]
+    later = [n for n in names if named[n].steps is None]
+    return [
+        (data, str(seed), name)
+        for seed, data, group in itertools.product(args.seeds, args.data, (first, later))
+        for name in group
+    ]
+
+
+def _call(args: argparse.Namespace, job: tuple[str, str, str]) -> None:
+    """Train one arm in a process of its own, one thread."""
+    words = ["--root", str(args.root), "--out", str(args.out), *(["--quick"] if args.quick else [])]
+    command = [sys.executable, "-m", "benchmarks.quality", *words, "--one", *job]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    facts = qa.load(_file(args, *job)).facts
+    print(" ".join(job), {k: round(v, 2) for k, v in facts.items()}, flush=True)
+
+
+def _file(args: argparse.Namespace, data: str, seed: str, name: str) -> Path:
+    return Path(args.out) / data / f"seed{seed}" / f"{name}.npz"
+
+
+def _command(args: argparse.Namespace) -> str:
+    return f"python -m benchmarks.quality --root {args.root}{' --quick' if args.quick else ''}"
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--root", default="../shared/data/cxr_multisite", help="folder with index.csv")
+    parser.add_argument("--out", default="outputs/quality", help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--arms", nargs="+", default=None, help="train these alone")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a toy: two steps of a one-block network")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--one", nargs=3, metavar=("DATA", "SEED", "ARM"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.seeds, args.data = args.seeds[:2], args.data[:1]
+        args.out = f"{args.out}-quick" if args.out == "outputs/quality" else args.out
+    return args
+
+
+if __name__ == "__main__":
+    main()

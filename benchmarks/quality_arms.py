@@ -1,0 +1,238 @@
+"""The arms of ``benchmarks.quality``: what is trained, and the ways in which it is asked afterwards."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import OURS, Contender, Model, Workload, build_workload
+from benchmarks.rivals.random_drop import random_drop
+from sparsecontrast.config import TrainConfig
+from sparsecontrast.data.transforms import Augmentation, evaluation_view, two_views
+from sparsecontrast.methods.method import Batch
+from sparsecontrast.trainer import build_optimizer, derive_seed, explicit_attention, lr_factor
+
+BATCH = 128  # of the encoding
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to spend a training budget.
+
+    Attributes:
+        contender: method and share of tokens.
+        changes: to the method's configuration.
+        modes: how the trained network is asked: ``own`` as it was trained, ``dense`` with all tokens.
+        steps: of training, as a share of the protocol's; None for as many as fit into the CPU time
+            that the dense arm took.
+    """
+
+    contender: Contender
+    changes: tuple[tuple[str, Any], ...] = ()
+    modes: tuple[str, ...] = ("own",)
+    steps: float | None = 1.0
+
+
+def arms(protocol: "Protocol") -> dict[str, Arm]:
+    """Name all arms; the smaller image of the low-resolution rivals has no fewer tokens than ours."""
+    keep, side = protocol.keep, protocol.size // protocol.patch
+    smaller = (math.ceil(keep**0.5 * side) / side) ** 2
+    sparse = Contender(OURS, keep)
+    both = ("own", "dense")
+    plain = ("method.focus", False)
+    return {
+        "dense": Arm(Contender("dense")),
+        "ours": Arm(sparse, (), both),
+        "low_resolution": Arm(Contender("low_resolution", smaller)),
+        "random": Arm(sparse, (("selection", "random"), plain), both),
+        "all_coarse": Arm(Contender("all_coarse")),
+        "patch_dropout": Arm(Contender("random_drop", keep), (), both),
+        "ours_at_equal_time": Arm(sparse, (), both, None),
+        "low_resolution_at_equal_time": Arm(Contender("low_resolution", smaller), steps=None),
+        "ours_without_focus": Arm(sparse, (plain,), both),
+        "dense_with_focus": Arm(Contender(OURS, 1.0)),
+        "centre": Arm(sparse, (("selection", "centre"), plain), both),
+        "energy": Arm(sparse, (("selection", "energy"), plain), both),
+        "attention": Arm(sparse, (("selection", "attention"),), both),
+        "evit": Arm(Contender("evit", keep)),
+        "tome": Arm(Contender("tome", keep)),
+    }
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The budget that all arms of one data set share.
+
+    Attributes:
+        backbone: a name of ``configs/backbone``.
+        size: of the images in pixels.
+        patch: pixels of a patch's side.
+        depth: blocks of the network; None for the backbone's own.
+        steps: of the optimizer.
+        batch: images of a step, two views each.
+        lr: the highest learning rate.
+        temperature: of the contrast.
+        keep: share of tokens of the sparse arms.
+    """
+
+    backbone: str = "vit_tiny"
+    size: int = 96
+    patch: int = 8
+    depth: int | None = 4
+    steps: int = 200
+    batch: int = 96
+    lr: float = 1e-3
+    temperature: float = 0.15
+    keep: float = 0.39
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Features by mode [N, D], and what the training was like."""
+
+    features: dict[str, np.ndarray]
+    facts: dict[str, float]
+
+
+def train_arm(
+    arm: Arm, protocol: Protocol, images: np.ndarray, rows: np.ndarray, seed: int, seconds: float | None
+) -> Trained:
+    """Train one arm on ``images[rows]`` and embed all images.
+
+    Args:
+        arm: what to train.
+        protocol: the budget.
+        images: uint8 [N, S, S].
+        rows: of the training images.
+        seed: of weights, batches and views: the same for every arm, so that differences are paired.
+        seconds: CPU seconds that an arm with ``steps=None`` may take.
+    """
+    work = build_arm(arm, protocol, seed)
+    optimizer = build_optimizer(work.module, _train_config(protocol))
+    losses, spent, step = [], 0.0, 0
+    generator = torch.Generator().manual_seed(derive_seed(seed, "quality"))
+    total = protocol.steps if arm.steps is not None else _steps_in(arm, protocol, images, rows, seconds)
+    while step < total:
+        batch = _batch(images, rows, protocol, generator, step)
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.lr * lr_factor(step, total, 0.1)
+        start = _clock()
+        loss = work.loss(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        work.after_step()
+        spent += _clock() - start
+        losses.append(float(loss.detach()))
+        step += 1
+    facts = {
+        "steps": total, "train_seconds": spent, "loss": float(np.mean(losses[-20:])),
+        "chance_loss": math.log(min(protocol.batch, len(rows))),
+    }  # fmt: skip
+    return Trained({mode: encode(arm, work, images, protocol, mode) for mode in arm.modes}, facts)
+
+
+def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
+    """Build the network of an arm; equal seeds start equal networks from equal weights."""
+    changes: list[tuple[str, Any]] = [("method.temperature", protocol.temperature), *arm.changes]
+    if protocol.depth is not None:
+        changes.append(("backbone.depth", protocol.depth))
+    changes.append(("backbone.patch_size", protocol.patch))
+    model = Model(protocol.backbone, protocol.size, tuple(changes))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = build_workload(_bf16(arm.contender), model, device, seed)
+    if device.type == "cpu":
+        explicit_attention(work.module)
+    return work
+
+
+@torch.no_grad()
+def encode(arm: Arm, work: Workload, images: np.ndarray, protocol: Protocol, mode: str) -> np.ndarray:
+    """Embed all images, float32 [N, D]."""
+    run = _encoder(arm, work, mode)
+    work.module.eval()
+    found = []
+    for start in range(0, len(images), BATCH):
+        view = evaluation_view(torch.from_numpy(np.array(images[start : start + BATCH])), protocol.size)
+        with torch.autocast(work.device.type, torch.bfloat16):
+            found.append(run(view.to(work.device)).float().cpu())
+    return torch.cat(found).numpy()
+
+
+def _encoder(arm: Arm, work: Workload, mode: str) -> Callable[[Tensor], Tensor]:
+    if mode == "own":
+        return work.encode
+    if arm.contender.method == OURS:
+        return lambda x: work.module.encode(x, "dense")  # type: ignore[operator]
+    network: Any = work.module.encoder.network  # type: ignore[union-attr]
+    return lambda x: random_drop(network, x, None)
+
+
+def _batch(
+    images: np.ndarray, rows: np.ndarray, protocol: Protocol, generator: torch.Generator, step: int
+) -> Batch:
+    size = min(protocol.batch, len(rows))
+    drawn = np.sort(rows[torch.randperm(len(rows), generator=generator)[:size].numpy()])
+    pixels = torch.from_numpy(np.array(images[drawn]))
+    views = two_views(pixels, generator, protocol.size, Augmentation(area=(0.6, 1.0), degrees=7.0))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Batch(
+        views.first.to(device), views.second.to(device), torch.arange(size).to(device), generator, step
+    )
+
+
+def _steps_in(
+    arm: Arm, protocol: Protocol, images: np.ndarray, rows: np.ndarray, seconds: float | None
+) -> int:
+    """Steps of this arm that fit into ``seconds``, from the median of a few of its own."""
+    assert seconds is not None, "an arm of equal time needs the dense arm's first"
+    work, taken = build_arm(arm, protocol, 0), []
+    for step in range(6):
+        batch = _batch(images, rows, protocol, torch.Generator().manual_seed(step), step)
+        start = _clock()
+        work.step(batch)
+        taken.append(_clock() - start)
+    return max(1, round(seconds / float(np.median(taken[1:]))))
+
+
+def _clock() -> float:
+    import time
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def _bf16(contender: Contender) -> Contender:
+    return Contender(contender.method, contender.keep, "bf16", "fused")
+
+
+def _train_config(protocol: Protocol) -> TrainConfig:
+    return TrainConfig(
+        batch_size=protocol.batch, local_epochs=1, lr=protocol.lr, weight_decay=0.05, warmup_rounds=0.1,
+        crop_area=(0.6, 1.0), rotation=7, precision="bf16", threads=1,
+    )  # fmt: skip
+
+
+def save(trained: Trained, path: Path) -> None:
+    """Write features and facts, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    facts = np.array(sorted(trained.facts.items()), dtype=[("name", "U32"), ("value", "f8")])
+    arrays: dict[str, Any] = {f"mode_{k}": v.astype(np.float16) for k, v in trained.features.items()}
+    with part.open("wb") as file:
+        np.savez(file, facts=facts, **arrays)
+    part.replace(path)
+
+
+def load(path: Path) -> Trained:
+    """Read what ``save`` wrote."""
+    with np.load(path, allow_pickle=False) as found:
+        features = {k[5:]: found[k].astype(np.float32) for k in found.files if k.startswith("mode_")}
+        return Trained(features, {str(n): float(v) for n, v in found["facts"]})
