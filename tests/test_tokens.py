@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from sparsecontrast.errors import MethodError
 from sparsecontrast.models import tokens
 
 
@@ -34,17 +33,6 @@ def test_coarse_patch_is_the_mean_of_each_cells_pixels(generator):
     assert torch.allclose(coarse[0, 2, [1, 12]], brute)  # cell 2 is the lower left
 
 
-@pytest.mark.parametrize(("keep", "m"), [(1.0, 49), (0.25, 0), (121 / 196, 24), (100 / 196, 17)])
-def test_fine_cells_meets_the_token_budget(keep, m):
-    assert tokens.fine_cells(keep, 49, 2) == m
-
-
-@pytest.mark.parametrize("keep", [0.2, 0.0, 1.01, -1])
-def test_impossible_budget_is_refused(keep):
-    with pytest.raises(MethodError, match="keep"):
-        tokens.fine_cells(keep, 49, 2)
-
-
 def test_top_k_against_brute_force_with_ties():
     scores = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert tokens.top_k(scores, 2).tolist() == [[1, 2], [0, 1]]
@@ -66,6 +54,12 @@ def test_complement_is_what_the_mask_leaves(generator, rows, cells, m):
     kept = tokens.top_k(torch.rand(rows, cells, generator=generator), m)
     mask = torch.ones(rows, cells, dtype=torch.bool).scatter(1, kept, False)
     assert torch.equal(tokens.complement(kept, cells), mask.nonzero()[:, 1].reshape(rows, cells - m))
+
+
+def test_complement_within_a_part():
+    among = torch.tensor([[1, 3, 4, 8], [0, 2, 5, 9]])
+    taken = torch.tensor([[3, 8], [0, 9]])
+    assert tokens.complement(taken, 10, among).tolist() == [[1, 4], [2, 5]]
 
 
 def test_complement_and_scatter_undo_gather(generator):

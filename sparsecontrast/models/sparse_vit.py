@@ -18,6 +18,7 @@ from sparsecontrast.config import BackboneConfig
 from sparsecontrast.errors import ModelError
 from sparsecontrast.models import tokens
 from sparsecontrast.models.pretrained import load_fitting, pretrained_state, sum_over_rgb
+from sparsecontrast.models.pyramid import build_pyramid
 
 
 class SparseViT(nn.Module):
@@ -32,10 +33,12 @@ class SparseViT(nn.Module):
         super().__init__()
         self.vit = vit
         self.cell = cell
-        self.coarse = nn.Parameter(torch.zeros(1, 1, vit.embed_dim))
-        rows, columns = vit.patch_embed.grid_size
-        self.grid = (rows // cell, columns // cell)
-        self.register_buffer("positions", tokens.cell_positions((rows, columns), cell), persistent=False)
+        patches: tuple[int, int] = vit.patch_embed.grid_size
+        self.pyramid = build_pyramid(patches, cell)
+        self.grid = self.pyramid.grids[1]
+        self.coarse = nn.Parameter(torch.zeros(1, len(self.pyramid.grids) - 1, vit.embed_dim))
+        self.positions: Tensor
+        self.register_buffer("positions", tokens.cell_positions(patches, cell), persistent=False)
 
     @property
     def num_cells(self) -> int:
@@ -53,8 +56,8 @@ class SparseViT(nn.Module):
         return self.grid[0] * self.cell * self.vit.patch_embed.patch_size[0]
 
     def kept_cells(self, keep: float) -> int:
-        """Cells to keep fine for a share ``keep`` of all tokens (``tokens.fine_cells``)."""
-        return tokens.fine_cells(keep, self.num_cells, self.cell)
+        """Cells to keep fine for a share ``keep`` of all tokens (``Pyramid.kept_cells``)."""
+        return self.pyramid.kept_cells(keep)
 
     def forward(self, images: Tensor, kept: Tensor | None = None, focus: Tensor | None = None) -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D], or [B, 2 D] with ``focus``.
@@ -71,7 +74,8 @@ class SparseViT(nn.Module):
             pooled = vit.pool(x)
         else:
             x = self.embed(images, kept)
-            areas = self._areas(kept.shape[1], x)
+            prefix = torch.ones(vit.num_prefix_tokens, device=x.device)
+            areas = torch.cat([prefix, self.pyramid.areas(kept.shape[1], x.device)])
             bias = areas.log().to(_attention_dtype(x))[None, None, None]
             for block in vit.blocks.children():
                 x = block(x, attn_mask=bias)
@@ -83,18 +87,21 @@ class SparseViT(nn.Module):
         return vit.head_drop(pooled)
 
     def embed(self, images: Tensor, kept: Tensor) -> Tensor:
-        """Return the input tokens [B, prefix + cell^2 m + (cells - m), D]: fine, then coarse."""
+        """Return the input tokens [B, prefix + K, D]: fine, then coarse, level by level."""
         vit, cell = self.vit, self.cell
         patch = vit.patch_embed.patch_size[0]
-        rest = tokens.complement(kept, self.num_cells)
         prefix, table = self._position_table()
-        fine = tokens.kept_patches(images, patch, cell, kept)
-        coarse = tokens.gather(tokens.coarse_patches(images, patch, cell), rest)
-        body = self._project(torch.cat([fine, coarse], dim=1))
-        places = torch.cat([table, table[self.positions].mean(1) + self.coarse[0]])  # type: ignore[index]
-        index = torch.cat([self.positions[kept].flatten(1), rest + len(table)], dim=1)  # type: ignore[index]
-        body = body + places[index]
-        heads = prefix.expand(images.shape[0], -1, -1).to(body.dtype)
+        pixels = [tokens.kept_patches(images, patch, cell, kept)]
+        places, index, offset = [table], [self.positions[kept].flatten(1)], 0
+        for level, chosen in enumerate(self.pyramid.coarse(kept)):
+            images = tokens.shrink(images, cell)
+            pixels.append(tokens.gather(tokens.patchify(images, patch), chosen))
+            offset += len(table)
+            index.append(chosen + offset)
+            table = table[tokens.cell_positions(self.pyramid.grids[level], cell)].mean(1)
+            places.append(table + self.coarse[0, level])
+        body = self._project(torch.cat(pixels, dim=1)) + torch.cat(places)[torch.cat(index, dim=1)]
+        heads = prefix.expand(body.shape[0], -1, -1).to(body.dtype)
         return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
 
     def attention(self, images: Tensor) -> Tensor:
@@ -108,15 +115,8 @@ class SparseViT(nn.Module):
         for block in vit.blocks.children():
             total += _query_attention(block.attn, block.norm1(x), vit)  # type: ignore[arg-type, operator]
             x = block(x)
-        cells = total[:, self.positions].sum(-1)  # type: ignore[index]
+        cells = total[:, self.positions].sum(-1)
         return cells / cells.sum(1, keepdim=True)
-
-    def _areas(self, m: int, like: Tensor) -> Tensor:
-        """Patches that each token stands for, [prefix + cell^2 m + (cells - m)]."""
-        area = self.cell**2
-        areas = torch.ones(self.vit.num_prefix_tokens + area * m + self.num_cells - m, device=like.device)
-        areas[len(areas) - (self.num_cells - m) :] = area
-        return areas
 
     def _area_mean(self, x: Tensor, areas: Tensor) -> Tensor:
         """Mean over the image's area: a coarse token counts for the cell^2 patches it stands for."""

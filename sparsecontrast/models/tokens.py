@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecontrast.errors import MethodError
-
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """Cut images [B, C, H, W] into patches [B, L, C * patch * patch], row by row.
@@ -71,24 +69,6 @@ def shrink(images: Tensor, factor: int) -> Tensor:
     return images if factor == 1 else F.avg_pool2d(images, factor)
 
 
-def fine_cells(keep: float, num_cells: int, cell: int) -> int:
-    """Return m, the number of cells to keep fine, for a token budget ``keep`` in [1 / cell^2, 1].
-
-    With m fine cells the backbone sees ``num_cells + (cell^2 - 1) m`` tokens; m is the nearest
-    to ``keep * L``. ``keep = 1`` keeps all of them, ``keep = 1 / cell^2`` none.
-
-    Raises:
-        MethodError: ``keep`` lies outside that range.
-    """
-    smallest = 1 / cell**2
-    if not smallest <= keep <= 1:
-        raise MethodError(
-            f"keep={keep}: must be in [{smallest:g}, 1]: "
-            f"every cell of {cell}x{cell} patches keeps at least its coarse token"
-        )
-    return round((keep * num_cells * cell**2 - num_cells) / (cell**2 - 1)) if cell > 1 else num_cells
-
-
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [B, k] of the k highest scores [B, N] of each row, ascending; ties go to the lower index."""
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices
@@ -116,14 +96,28 @@ def explore_top_k(scores: Tensor, k: int, explore: float, generator: torch.Gener
     return top_k(noise.scatter(1, best, 2.0), k)
 
 
-def complement(kept: Tensor, n: int) -> Tensor:
-    """Indices [B, n - k] that ``kept`` [B, k] leaves out of 0..n-1, ascending.
+def complement(taken: Tensor, n: int, among: Tensor | None = None) -> Tensor:
+    """Indices that ``taken`` [B, k] leaves out, ascending.
 
     A stable sort of the mask, not ``nonzero``: its shape is known beforehand, which a graph with a
     free batch needs, and for which a GPU need not wait.
+
+    Args:
+        taken: indices in 0..n-1, each row without repeats.
+        n: how many there are.
+        among: [B, a] that holds all of ``taken``; None for all of 0..n-1.
+
+    Returns:
+        [B, n - k], or [B, a - k].
     """
-    taken = torch.zeros(kept.shape[0], n, dtype=torch.uint8, device=kept.device).scatter(1, kept, 1)
-    return taken.sort(dim=1, stable=True).indices[:, : n - kept.shape[1]]
+    b = taken.shape[0]
+    left = torch.zeros(b, n, dtype=torch.uint8, device=taken.device)
+    if among is None:
+        left, total = left + 1, n
+    else:
+        left, total = left.scatter(1, among, 1), among.shape[1]
+    left = left.scatter(1, taken, 0)
+    return left.sort(dim=1, descending=True, stable=True).indices[:, : total - taken.shape[1]]
 
 
 def gather(tokens: Tensor, index: Tensor) -> Tensor:

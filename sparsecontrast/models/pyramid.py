@@ -1,0 +1,110 @@
+"""Which token stands for which part of an image: patches, cells, cells of cells, and so on.
+
+Level 0 are the patches; a cell of level l is ``cell x cell`` cells of level l - 1. Where a cell of
+level 1 is kept, its patches are tokens. Every other part of the image is one token of the highest
+level at which it is not *opened*: opened are the cells above a kept one, and beside them the ones
+nearest to many, until each level has opened as many as there are kept cells (or all it has). So the
+number of tokens depends on the number m of kept cells alone, whatever they are: shapes are static,
+and every patch is covered exactly once.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecontrast.errors import MethodError
+from sparsecontrast.models import tokens
+
+LARGEST = 8  # cells of a side of the highest level, where it can be halved so far
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """The levels of one image size.
+
+    Attributes:
+        grids: (rows, columns) of each level, patches first.
+        cell: side of a cell in cells of the level below.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    cell: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Cells of each level, patches first."""
+        return tuple(rows * columns for rows, columns in self.grids)
+
+    def opened_counts(self, m: int) -> tuple[int, ...]:
+        """Opened cells of levels 1 and up where ``m`` cells of level 1 are kept."""
+        return tuple(min(m, size) for size in self.sizes[1:])
+
+    def token_counts(self, m: int) -> tuple[int, ...]:
+        """Tokens of each level, patches first."""
+        opened = self.opened_counts(m)
+        present = [self.cell**2 * n for n in opened] + [self.sizes[-1]]
+        return (present[0], *(p - o for p, o in zip(present[1:], opened, strict=True)))
+
+    def kept_cells(self, keep: float) -> int:
+        """Return m, the cells of level 1 to keep, so that the tokens are nearest to ``keep`` of the patches.
+
+        Raises:
+            MethodError: ``keep`` lies outside of what there can be.
+        """
+        smallest = self.sizes[-1] / self.sizes[0]
+        if not smallest - 1e-9 <= keep <= 1:
+            raise MethodError(
+                f"keep={keep}: must be in [{smallest:g}, 1]: the whole image takes at least "
+                f"{self.sizes[-1]} tokens of {self.sizes[0]}"
+            )
+        wanted = keep * self.sizes[0]
+        return min(range(self.sizes[1] + 1), key=lambda m: abs(sum(self.token_counts(m)) - wanted))
+
+    def coarse(self, kept: Tensor) -> list[Tensor]:
+        """Cells that are tokens, of levels 1 and up, for kept cells [B, m]: [B, K_l] each, ascending."""
+        opened = [kept]
+        for level, count in enumerate(self.opened_counts(kept.shape[1])[1:], start=2):
+            opened.append(self._parents(opened[-1], level, count))
+        found = []
+        for level, own in enumerate(opened, start=1):
+            above = opened[level] if level < len(opened) else None
+            found.append(tokens.complement(own, self.sizes[level], self._children(above, level)))
+        return found
+
+    def areas(self, m: int, device: torch.device) -> Tensor:
+        """Patches that each token stands for, [tokens]: patches first, then level by level."""
+        counts = torch.tensor(self.token_counts(m))
+        area = torch.tensor([self.cell ** (2 * level) for level in range(len(counts))])
+        return torch.repeat_interleave(area, counts).float().to(device)
+
+    def _parents(self, cells: Tensor, level: int, count: int) -> Tensor:
+        """``count`` cells of ``level``: those above ``cells`` of the level below, then those nearest."""
+        rows, columns = self.grids[level]
+        below = self.grids[level - 1][1]
+        above = cells // below // self.cell * columns + cells % below // self.cell
+        hits = torch.zeros(cells.shape[0], rows * columns, device=cells.device)
+        hits = hits.scatter_add(1, above, torch.ones_like(above, dtype=hits.dtype))
+        near = F.avg_pool2d(hits.unflatten(1, (rows, columns))[:, None], 3, stride=1, padding=1)
+        return tokens.top_k(near.flatten(1) + 1e6 * (hits > 0), count)
+
+    def _children(self, cells: Tensor | None, level: int) -> Tensor | None:
+        """Cells of ``level`` inside opened ``cells`` of the level above; None for the highest level's all."""
+        if cells is None:
+            return None
+        places = tokens.cell_positions(self.grids[level], self.cell).to(cells.device)
+        return places[cells].flatten(1)
+
+
+def build_pyramid(grid: tuple[int, int], cell: int) -> Pyramid:
+    """Stack levels on a grid of patches until a side has at most ``LARGEST`` cells, or cannot be cut.
+
+    There is always one level of cells; ``grid`` is a multiple of ``cell``.
+    """
+    grids = [grid]
+    while len(grids) == 1 or (
+        cell > 1 and max(grids[-1]) > LARGEST and all(n % cell == 0 for n in grids[-1])
+    ):
+        grids.append((grids[-1][0] // cell, grids[-1][1] // cell))
+    return Pyramid(tuple(grids), cell)
