@@ -216,7 +216,7 @@ def _bf16(contender: Contender) -> Contender:
 def _train_config(protocol: Protocol) -> TrainConfig:
     return TrainConfig(
         batch_size=protocol.batch, local_epochs=1, lr=protocol.lr, weight_decay=0.05, warmup_rounds=0.1,
-        crop_area=(0.6, 1.0), rotation=7, precision="bf16", threads=1,
+        crop_area=(0.6, 1.0), rotation=7, precision="bf16", compile=False, threads=1,
     )  # fmt: skip
 
 

@@ -145,6 +145,7 @@ class TrainConfig:
     crop_area: tuple[float, ...]
     rotation: float
     precision: Literal["fp32", "bf16"]
+    compile: bool
     threads: int
 
 

@@ -63,6 +63,8 @@ class LocalTrainer:
         self.module: nn.Module = method.to(self.device)  # type: ignore[attr-defined]
         if config.train.precision == "bf16" and self.device.type == "cpu":
             explicit_attention(self.module)
+        if config.train.compile:
+            method.backbone.compile(dynamic=False)
         self.optimizer = build_optimizer(self.module, config.train)
         low, high = config.train.crop_area
         self.augmentation = Augmentation(area=(low, high), degrees=config.train.rotation)

@@ -174,3 +174,19 @@ def test_learning_rate_rises_then_falls_to_zero():
 def test_derived_seeds_are_stable_and_distinct():
     assert derive_seed(0, "a", 1) == derive_seed(0, "a", 1)
     assert len({derive_seed(s, w, r) for s in range(3) for w in "ab" for r in range(3)}) == 18
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of torch itself
+def test_the_compiled_backbone_equals_the_eager_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    eager, compiled = trainer(), trainer("train.compile=true")
+    x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    choice = eager.method.choose(x, 0.5)
+    found = []
+    for backbone in (eager.method.backbone, compiled.method.backbone):
+        out = backbone(x, *choice)
+        out.square().sum().backward()
+        found.append((out, backbone.vit.blocks[0].attn.qkv.weight.grad))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    assert compiled.method.backbone._compiled_call_impl is not None
+    assert eager.method.backbone._compiled_call_impl is None
