@@ -198,7 +198,7 @@ def _ours(
     module.keep = contender.keep
     return Workload(
         module, lambda images: module.encode(images, contender.keep), module.after_step,
-        method.distill_every if module.teacher is not None else 1, contender.precision, device,
+        1 if module.teacher is None else method.distill_every, contender.precision, device,
     )  # fmt: skip
 
 

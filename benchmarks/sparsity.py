@@ -4,9 +4,9 @@
         [--models tiny,small,...] [--sizes 224,384,512] [--batch N] [KEY=VALUE ...]
 
 A training step is forward, InfoNCE, backward and AdamW on two views; for SparseContrast it is the
-method's whole step with scorer, EMA and teacher. The teacher runs in one step of ``distill_every``: a step
-with and a step without it are timed each, and averaged by that share. Inference is images to embedding,
-predictor included, one image at a time (``infer_1``) and a batch (``infer_n``).
+method's whole step, scorer included. A teacher, where there is one (``selection=attention``), runs in one
+step of ``distill_every``: a step with and one without it are timed each, and averaged by share. Inference
+is images to embedding, predictor included, one image at a time (``infer_1``) and a batch (``infer_n``).
 
 Every ratio says how many times FASTER than a dense reference, memory shares how much of the
 reference's memory; two references:

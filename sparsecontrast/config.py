@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import check_ranges
+from sparsecontrast.relations import check_relations
 from sparsecontrast.structure import build
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
-BASELINES = ("pixels", "random_init", "local_only", "centralised")
-"""What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +206,7 @@ def check(config: Config) -> None:
         ConfigError: the first one found, with what it may be.
     """
     check_ranges(config)
-    kind = _vit_relations if config.backbone.tiles is None else _cnn_relations
-    for relations in (kind, _relations, _evaluation_relations):
-        for holds, message in relations(config):
-            if not holds:
-                raise ConfigError(message)
+    check_relations(config)
 
 
 def split_overrides(text: str) -> list[str]:
@@ -276,80 +271,3 @@ def _choices() -> str:
     groups = sorted(p.name for p in CONFIG_DIR.iterdir() if p.is_dir())
     known = (f"{g}={'|'.join(sorted(p.stem for p in (CONFIG_DIR / g).glob('*.yaml')))}" for g in groups)
     return "Known groups: " + "; ".join(known) + ". Any key of configs/ can be set as key=value."
-
-
-def _vit_relations(config: Config) -> list[tuple[bool, str]]:
-    """What a ViT's keys must be to each other, and what is said where they are not; ranges hold already."""
-    b = config.backbone
-    if b.patch_size is None or b.pool is None:
-        return [(False, "backbone: a ViT needs patch_size and pool, a CNN needs tiles; neither is complete")]
-    cell, size = b.patch_size * config.method.cell, f"backbone.img_size={b.img_size}"
-    return [
-        (b.halo is None, f"backbone.halo={b.halo}: belongs to a CNN, beside backbone.tiles; set to null"),
-        (b.img_size % cell == 0, f"{size}: must be a multiple of patch_size x cell = {cell}"),
-    ]
-
-
-def _cnn_relations(config: Config) -> list[tuple[bool, str]]:
-    """What a CNN's keys must be to each other."""
-    b, tiles, halo = config.backbone, config.backbone.tiles or 1, config.backbone.halo or 0
-    foreign = [f"backbone.{key}={v}" for key in ("patch_size", "depth", "pool") if (v := getattr(b, key))]
-    size, tile = f"backbone.img_size={b.img_size}", b.img_size // tiles
-    return [
-        (not foreign, f"{', '.join(foreign)}: of a ViT, but {b.name} has backbone.tiles; set to null"),
-        (b.img_size % 32 == 0, f"{size}: must be a multiple of 32, a CNN's stride"),
-        (b.img_size % tiles == 0, f"{size}: must be a multiple of backbone.tiles={tiles}"),
-        (
-            tile + 2 * halo <= b.img_size,
-            f"backbone.halo={halo}: {size} holds no tile of {tile} px and two halos",
-        ),
-    ]
-
-
-def _least_keep(config: Config) -> float:
-    """The smallest share: each cell of a ViT keeps its coarse token, a CNN computes one tile at least."""
-    return 1 / (config.backbone.tiles or config.method.cell) ** 2
-
-
-def _relations(config: Config) -> list[tuple[bool, str]]:
-    """What keys must be to each other, whatever the backbone."""
-    m, t, f, d = config.method, config.train, config.federation, config.data
-    least = _least_keep(config)
-    return [
-        (
-            least <= m.keep,
-            f"method.keep={m.keep}: must be in [{least:g}, 1], all coarse (a CNN: one tile) to dense",
-        ),
-        (
-            m.dense_start + m.dense_end <= 1,
-            f"method.dense_start + method.dense_end = {m.dense_start + m.dense_end:g}: must be at most 1",
-        ),
-        (
-            len(t.crop_area) == 2 and t.crop_area[0] <= t.crop_area[1],
-            f"train.crop_area={list(t.crop_area)}: must be [low, high] with 0 < low <= high <= 1",
-        ),
-        (
-            f.min_sites <= f.sites,
-            f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
-        ),
-        (
-            0 < d.val_fraction + d.test_fraction < 1,
-            "data.val_fraction + data.test_fraction: must be in (0, 1)",
-        ),
-    ]
-
-
-def _evaluation_relations(config: Config) -> list[tuple[bool, str]]:
-    """What would otherwise be found after all training."""
-    e, least = config.evaluation, _least_keep(config)
-    unknown = sorted(set(e.baselines) - set(BASELINES))
-    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
-    return [
-        (not unknown, f"evaluation.baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
-        (
-            kept,
-            f"evaluation.keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], "
-            "coarsest to dense",
-        ),
-        (len(e.label_fractions) > 0, "evaluation.label_fractions=[]: must name at least one, such as [1.0]"),
-    ]

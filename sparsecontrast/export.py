@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, weights_sha256, write_tensors
-from sparsecontrast.config import BackboneConfig, Config, anchored
+from sparsecontrast.config import BackboneConfig, Config, MethodConfig, anchored
 from sparsecontrast.durable import new_folder, write_bytes
 from sparsecontrast.errors import ConfigError, ExportError
 from sparsecontrast.export_onnx import require_onnx, write_graphs
@@ -68,8 +68,8 @@ def export_run(
     method = load_method(run.config, found.tensors)
     images = check_images(run.config.backbone.img_size)
     kept = method.choose(images, keep).kept
-    if kept is not None and run.config.selection == "random" and "onnx" in formats:
-        raise ConfigError("selection=random: torch's random draw cannot be exported; use --keep dense")
+    if "onnx" in formats:
+        _check_selection(run.config.method, kept)
     with new_folder(anchored(out)) as folder:
         record: dict[str, Any] = {
             "version": VERSION, "round": found.number, "round_sha256": weights_sha256(found.meta),
@@ -105,6 +105,13 @@ def _check_formats(formats: Sequence[str], int8: bool) -> None:
         require_onnx()
     elif int8:
         raise ConfigError("--int8 writes ONNX graphs: add onnx to --format")
+
+
+def _check_selection(config: MethodConfig, kept: Tensor | None) -> None:
+    # focus weighs all cells by the draw, so that not even the dense graph can do without it
+    if config.selection == "random" and (config.focus or kept is not None):
+        instead = "--format timm" if config.focus else "--keep dense"
+        raise ConfigError(f"selection=random: torch's random draw cannot be exported; use {instead}")
 
 
 def _write_timm(method: Any, config: BackboneConfig, folder: Path, images: Tensor) -> dict[str, Any]:
@@ -164,7 +171,7 @@ def _keep(config: Config, method: Any, keep: str | float, kept: Tensor | None) -
     fine = cells if kept is None else kept.shape[1]
     rows, columns = method.backbone.grid
     return {
-        "asked": keep, "selection": config.selection, "grid": [rows, columns],
+        "asked": keep, "selection": config.method.selection, "grid": [rows, columns],
         "cell_in_patches": config.method.cell, "cells": cells, "fine_cells": fine,
     }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 The sparse graph is one file: image -> saliency -> exclusion -> top-k -> gather -> mixed-resolution
 backbone -> embedding. It asks a method for ``choose`` and ``backbone`` alone, so any backbone with
-``forward(images, kept)`` goes through.
+``forward(images, kept, focus)`` goes through.
 """
 
 import time
@@ -22,6 +22,7 @@ TOLERANCE = 1e-4  # fp32 in another order of summation, onnxruntime against torc
 MIN_COSINE = 0.9  # an embedding in 8 bits below this is broken, not coarse
 BATCHES = (1, 8)  # that are timed
 REPEATS = 9
+SCORER = "method.saliency"  # opens the names of its nodes, which stay fp32
 
 
 class Embedder(nn.Module):
@@ -109,6 +110,8 @@ def _write_graph(embedder: Embedder, images: Tensor, file: Path) -> None:
     assert program is not None  # dynamo=True returns one
     for graph in (program.model.graph, *(f.graph for f in program.model.functions.values())):
         for node in graph.all_nodes():
+            if SCORER in node.metadata_props.get("pkg.torch.onnx.name_scopes", ""):
+                node.name = f"{SCORER}.{node.name}"
             node.metadata_props.clear()  # stack traces: they hold the paths of this machine
     program.save(file)
 
@@ -146,7 +149,7 @@ def _session(file: Path) -> Any:
 def _quantise(source: Path, target: Path) -> None:
     """Weights of the matrix products to 8 bits for each output channel; activations at each call.
 
-    Convolutions stay fp32: they choose the cells.
+    Convolutions and the whole scorer, which chooses the cells, stay fp32.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -160,6 +163,7 @@ def _quantise(source: Path, target: Path) -> None:
         model, target, op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
         reduce_range=True,  # 7 of the 8 bits: a CPU without VNNI would overflow
         weight_type=QuantType.QInt8,
+        nodes_to_exclude=[node.name for node in model.graph.node if node.name.startswith(SCORER)],
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ class Baselines:
     tasks: Sequence[Task]
 
     def make(self, name: str, tick: Tick) -> tuple[Features, Budget | None]:
-        """Make one of ``config.BASELINES``, training it first where it is not kept yet.
+        """Make one of ``relations.BASELINES``, training it first where it is not kept yet.
 
         ``tick`` is called once a trained round and once an encoded batch, ``ticks(name)`` times at most.
         """

@@ -1,7 +1,7 @@
 """The range of every number in the configuration: one table.
 
-What one key may be on its own stands here; what two keys must be to each other stands in
-``config.check``. A value out of range would otherwise be found after all training, or never.
+What one key may be on its own stands here; what keys must be to each other stands in
+``relations.py``. A value out of range would otherwise be found after all training, or never.
 """
 
 from operator import attrgetter

@@ -101,7 +101,8 @@ def test_every_contender_trains_and_infers():
         after = list(work.module.parameters())
         assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), contender
         embedding = work.infer(random_batch(32, 2, CPU, 0).first)
-        assert embedding.shape == (2, 192) and embedding.isfinite().all() and not embedding.requires_grad
+        width = 2 * 192 if contender.method == OURS else 192  # ours ends with the focus
+        assert embedding.shape == (2, width) and embedding.isfinite().all() and not embedding.requires_grad
 
 
 def test_ours_runs_at_the_share_told_in_training_and_in_inference():
@@ -111,7 +112,12 @@ def test_ours_runs_at_the_share_told_in_training_and_in_inference():
     batch = random_batch(32, 2, CPU, 1)
     work.step(batch)
     work.infer(batch.first)
-    assert set(seen) == {1 + 16 + 3 * 5} and work.cycle == 4
+    assert set(seen) == {1 + 16 + 3 * 5} and work.cycle == 1
+
+
+def test_only_a_teacher_makes_steps_differ():
+    taught = Model(MODEL.backbone, MODEL.size, (*MODEL.changes, ("selection", "attention")))
+    assert build_workload(Contender(OURS, 0.5), taught, CPU).cycle == 4
 
 
 def test_saved_bytes_are_those_of_the_graph():

@@ -176,7 +176,10 @@ def test_every_experiment_states_its_command_duration_and_number(path):
 
 def test_selection_reaches_the_method():
     assert compose("selection=random").method.selection == "random"
-    assert compose("selection=random method=dense_contrast").method.selection == "random"
+    assert compose("method.selection=random").method.selection == "random"
+    # the dense baseline has no scorer to choose by: it has its own word, unless told by the key's full name
+    assert compose("selection=random method=dense_contrast").method.selection == "centre"
+    assert compose("method=dense_contrast method.selection=random").method.selection == "random"
 
 
 def test_a_config_is_frozen_and_plain():

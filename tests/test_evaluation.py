@@ -22,6 +22,7 @@ from sparsecontrast.errors import (
 )
 from sparsecontrast.evaluation import evaluate_run, run_dataset
 from sparsecontrast.features import Baselines, encode, presented_images
+from sparsecontrast.report import write_report
 from sparsecontrast.runs import read_run
 from sparsecontrast.tasks import Task, make_table
 from sparsecontrast.trainer import TrainResult
@@ -295,4 +296,40 @@ def test_encoding_does_not_depend_on_the_batch(trained, monkeypatch):
     np.testing.assert_allclose(
         encode(opened.config, tensors, images, lambda text: None, "x"), whole, atol=1e-5
     )
-    assert whole.shape == (7, 192)
+    assert whole.shape == (7, 2 * 192)
+
+
+@pytest.mark.parametrize(
+    ("word", "width"),
+    [
+        ("method=dense_contrast", 192),
+        *((f"selection={name}", 2 * 192) for name in ("attention", "random", "centre", "energy")),
+    ],
+)
+@pytest.mark.parametrize("keep", ["dense", "0.5"])
+def test_every_selection_and_the_dense_method_are_scored_and_reported(chosen, word, width, keep):
+    run = chosen(word)
+    result = evaluate_run(run, [f"evaluation.keep={keep}"], show=False)
+    rows = pd.DataFrame(result["rows"])
+    assert set(rows.features) == {"pretrained", "pixels", "random_init"}
+    assert rows.value.notna().groupby(rows.features).any().all()
+    assert result["selection"]["chance"] == (1 if "dense" in word else 5 / 16)
+    opened = read_run(run)
+    assert f"selection {opened.config.method.selection}" in write_report(run).read_text()
+    images = run_dataset(opened, show=False).images[:3]
+    for tensors in (read_round(run, 1).tensors, None):  # trained, and not
+        assert encode(opened.config, tensors, images, lambda text: None, "x").shape == (3, width)
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """Make one run of a round for each word, once."""
+    made = {}
+
+    def make(word):
+        if word not in made:
+            folder = tmp_path_factory.mktemp("chosen") / "run"
+            made[word] = make_run(folder, "federation.rounds=1", word)
+        return made[word]
+
+    return make

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import timm
@@ -21,6 +22,7 @@ from sparsecontrast.errors import ConfigError, ExportError, MethodError, Storage
 from sparsecontrast.export import check_images, export_run
 from sparsecontrast.features import load_method
 from sparsecontrast.methods import build_method
+from sparsecontrast.methods.method import Choice
 from sparsecontrast.models import tokens
 from sparsecontrast.runs import read_run
 from tests.tiny import make_run
@@ -71,7 +73,10 @@ def test_plain_timm_builds_the_run_from_the_files_alone(exported, method):
     plain.load_state_dict(load_file(exported / "backbone.safetensors"))
     images = fresh_images(5)
     with torch.no_grad():
-        torch.testing.assert_close(plain(images), method.encode(images), atol=1e-5, rtol=0)
+        # the second half of the run's embedding needs the scorer
+        torch.testing.assert_close(plain(images), method.encode(images)[:, :192], atol=1e-5, rtol=0)
+    assert (record(exported)["timm"]["embedding"], record(exported)["embedding"]) == (192, 384)
+    assert method.encode(images).shape == (5, 384)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7])
@@ -88,12 +93,16 @@ def test_onnxruntime_computes_what_torch_computes(exported, method, batch):
 class Stripes:
     """A method of few distinct scores whose backbone is no ViT: it returns the cells' means."""
 
-    def kept(self, images, keep):
-        return tokens.top_k((F.adaptive_avg_pool2d(images, (4, 4)) * 4).round().flatten(1), keep)
+    def choose(self, images, keep):
+        scores = (F.adaptive_avg_pool2d(images, (4, 4)) * 4).round().flatten(1)
+        kept = tokens.top_k(scores, keep)
+        return Choice(kept, scores.gather(1, kept).softmax(1))
 
-    def backbone(self, images, kept):
+    def backbone(self, images, kept, focus):
         cells = F.adaptive_avg_pool2d(images, (4, 4)).flatten(1)
-        return torch.cat([cells.gather(1, kept), cells.gather(1, tokens.complement(kept, 16))], 1)
+        fine = cells.gather(1, kept)
+        rest = cells.gather(1, tokens.complement(kept, 16))
+        return torch.cat([fine, rest, (focus * fine).sum(1, keepdim=True)], 1)
 
 
 def test_cells_of_equal_score_are_chosen_alike_and_any_backbone_goes_through(tmp_path):
@@ -118,6 +127,19 @@ def test_eight_bits_are_near_and_not_the_same(exported, method):
         assert (exported / f"{name}.int8.onnx").stat().st_size < 0.5 * (
             exported / f"{name}.onnx"
         ).stat().st_size
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_the_scorer_stays_fp32_in_8_bits(exported, name):
+    """Cells are chosen by its scores, and weighed by them: neither may turn on a rounding."""
+    products = {"MatMul", "Gemm", "Conv"}
+    before, after = (
+        {n.name: n.op_type for n in onnx.load(exported / file).graph.node}
+        for file in (f"{name}.onnx", f"{name}.int8.onnx")
+    )
+    scorer = {n for n, kind in before.items() if n.startswith(export_onnx.SCORER) and kind in products}
+    assert len(scorer) > 3 and all(after.get(n) == before[n] for n in scorer)
+    assert sum(kind == "MatMulInteger" for kind in after.values()) >= 8  # of the backbone: 4 in each block
 
 
 def test_the_json_says_how_it_was_made_and_what_was_found(trained, exported, method):
@@ -256,12 +278,37 @@ def test_a_run_that_is_not_there_or_untrained_is_refused(run, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_random_selection_has_no_graph(run, tmp_path):
+def tell(run, *words):
+    """Have a run say that it was told more."""
     path = run / "config.yaml"
-    path.write_text(path.read_text().replace("overrides:\n", "overrides:\n- selection=random\n", 1))
-    assert read_run(run).config.selection == "random"
+    more = "".join(f"- {word}\n" for word in words)
+    path.write_text(path.read_text().replace("overrides:\n", f"overrides:\n{more}", 1))
+
+
+@pytest.mark.parametrize("word", ["selection=random", "method.selection=random"])
+@pytest.mark.parametrize("keep", ["sparse", "dense"])
+def test_a_random_selection_has_no_graph(run, tmp_path, word, keep):
+    tell(run, word)
+    assert read_run(run).config.method.selection == "random"
+    with pytest.raises(ConfigError, match="cannot be exported; use --format timm"):
+        export_run(run, tmp_path / "out", keep=keep)
+    said = export_run(run, tmp_path / "out", keep=keep, formats=["timm"])
+    assert said["keep"]["selection"] == "random"
+
+
+def test_without_focus_a_random_selection_has_a_dense_graph(run, tmp_path):
+    tell(run, "selection=random", "method.focus=false")
     with pytest.raises(ConfigError, match="cannot be exported; use --keep dense"):
         export_run(run, tmp_path / "out")
+    said = export_run(run, tmp_path / "out", keep="dense", formats=["onnx"])
+    assert list(said["onnx"]["checks"]) == ["dense.onnx"] and said["embedding"] == 192
+
+
+def test_a_dense_run_says_what_it_chooses_by_when_exported_sparse(run, tmp_path):
+    tell(run, "selection=random", "method=dense_contrast")
+    said = export_run(run, tmp_path / "out", keep=0.5, formats=["onnx"])
+    assert (said["keep"]["selection"], said["keep"]["fine_cells"]) == ("centre", 5)
+    assert said["onnx"]["checks"]["sparse.onnx"]["same_kept_cells"] and said["embedding"] == 192
 
 
 def test_kept_is_what_encode_keeps(method):

@@ -33,9 +33,12 @@ ROOMS = {
     "sparsecontrast/errors.py": (),
     "sparsecontrast/structure.py": ("sparsecontrast.errors",),
     "sparsecontrast/ranges.py": ("sparsecontrast.errors",),
+    # the type alone: config imports it, not the other way round
+    "sparsecontrast/relations.py": ("sparsecontrast.errors", "sparsecontrast.config"),
     "sparsecontrast/config.py": (
         "sparsecontrast.errors",
         "sparsecontrast.ranges",
+        "sparsecontrast.relations",
         "sparsecontrast.structure",
     ),
     "sparsecontrast/data/": (*ERRORS, *DATA),

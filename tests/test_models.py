@@ -87,15 +87,69 @@ def test_coarse_token_by_brute_force():
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_gate_leaves_values_and_carries_a_gradient():
-    model = backbone()
-    kept = torch.tensor([[1, 2]]).expand(3, -1)
-    score = torch.zeros(3, 2, requires_grad=True)
-    gate = 1 + score.sigmoid() - score.sigmoid().detach()
-    out = model(images(), kept, gate)
-    torch.testing.assert_close(out, model(images(), kept))
-    out.square().sum().backward()
-    assert (score.grad.abs() > 0).all()
+def focus_of(n, m):
+    return torch.randn(n, m, generator=torch.Generator().manual_seed(2)).softmax(1)
+
+
+def focusing(pool):
+    """A backbone whose last norms are not those of a fresh one, and the tokens that its last block gave."""
+    model, seen = backbone(pool=pool).eval(), []
+    torch.nn.init.normal_(last_norm(model.vit).weight)
+    torch.nn.init.normal_(last_norm(model.vit).bias)
+    model.vit.norm.register_forward_hook(lambda _, args, out: seen.append(out))
+    return model, seen
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_focus_by_brute_force_on_the_kept_cells(pool):
+    model, seen = focusing(pool)
+    kept, focus = torch.tensor([[0, 3, 7], [1, 6, 11], [2, 5, 15]]), focus_of(3, 3)
+    plain, found = model(images(), kept), model(images(), kept, focus)
+    assert found.shape == (3, 2 * model.embed_dim)
+    torch.testing.assert_close(found[:, : model.embed_dim], plain)
+    for row in range(3):
+        fine = seen[-1][row, 1 : 1 + 4 * 3]  # cell by cell, behind CLS and before the coarse tokens
+        mean = sum(focus[row, i] * fine[4 * i : 4 * i + 4].mean(0) for i in range(3))
+        expected = model.vit.fc_norm(mean)
+        torch.testing.assert_close(found[row, model.embed_dim :], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_focus_by_brute_force_where_nothing_is_chosen(pool):
+    model, seen = focusing(pool)
+    focus = focus_of(3, 16)
+    plain, found = model(images()), model(images(), None, focus)
+    torch.testing.assert_close(found[:, : model.embed_dim], plain)
+    for row in range(3):
+        mean = torch.zeros(model.embed_dim)
+        for place in range(64):  # patches run row by row over the image; a cell is 2 x 2 of them
+            y, x = divmod(place, 8)
+            mean += focus[row, y // 2 * 4 + x // 2] / 4 * seen[-1][row, 1 + place]
+        expected = model.vit.fc_norm(mean)
+        torch.testing.assert_close(found[row, model.embed_dim :], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_focus_over_all_cells_is_one_function_dense_and_with_every_cell_kept(pool):
+    model, _ = focusing(pool)
+    focus, every = focus_of(3, 16), torch.arange(16).expand(3, -1)
+    dense, sparse = model(images(), None, focus), model(images(), every, focus)
+    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_even_focus_over_all_cells_is_the_mean_over_the_area():
+    model, _ = focusing("avg")
+    area, focused = model(images(), None, torch.full((3, 16), 1 / 16)).chunk(2, dim=1)
+    torch.testing.assert_close(focused, area, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("kept", [None, torch.tensor([[1, 2, 9]]).expand(3, -1)])
+def test_the_focus_carries_a_gradient_to_every_weight(pool, kept):
+    model, _ = focusing(pool)
+    focus = focus_of(3, 16 if kept is None else 3).requires_grad_()
+    model(images(), kept, focus)[:, model.embed_dim :].square().sum().backward()
+    assert (focus.grad.abs() > 0).all()
 
 
 def test_attention_equals_timm_softmax_weights():
@@ -228,7 +282,12 @@ def test_dense_and_sparse_methods_start_from_the_same_weights():
     state = torch.random.get_rng_state()
     sparse, dense = build_method(compose(base)), build_method(compose(base + " method=dense_contrast"))
     assert torch.equal(torch.random.get_rng_state(), state)
-    for name, tensor in sparse.state_dict().items():
+    assert sparse.shared_parameters() == dense.shared_parameters()
+    for name in sparse.shared_parameters():
+        assert torch.equal(sparse.state_dict()[name], dense.state_dict()[name]), name
+    # the projector too, where an embedding is as wide
+    narrow = build_method(compose(base + " method.focus=false"))
+    for name, tensor in narrow.state_dict().items():
         assert torch.equal(tensor, dense.state_dict()[name]), name
     other = build_method(compose(base + " seed=1"))
     assert not torch.equal(other.backbone.vit.cls_token, sparse.backbone.vit.cls_token)

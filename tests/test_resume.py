@@ -99,7 +99,9 @@ def test_kill_nine_and_resume_is_bit_identical(images, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["fedavgm", "fedyogi", "fedprox"])
 def test_every_kind_of_strategy_state_survives(images, tmp_path, strategy):
-    more = ("federation.rounds=3", "federation.fraction=0.6", *strategy_words(strategy))
+    """And the teacher of each site, which selection=attention has."""
+    taught = ("selection=attention", *strategy_words(strategy))
+    more = ("federation.rounds=3", "federation.fraction=0.6", *taught)
     serve(partitions(3), words(images, tmp_path / "whole", *more))
     stop_before(3, words(images, tmp_path / "cut", *more))
     assert checkpoint.latest(tmp_path / "cut") == 2

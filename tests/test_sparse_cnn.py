@@ -103,6 +103,9 @@ def test_rows_are_independent_and_the_order_of_tiles_does_not_matter(name):
     close(model(x)[0], model(y)[0], 1e-6)
     assert not torch.allclose(model(x, KEPT)[1], model(y, KEPT)[1], atol=1e-3)
     close(model(x, KEPT[:, [2, 0, 1]]), model(x, KEPT))
+    focus = focus_of(3)
+    close(model(x, KEPT, focus)[0], model(y, KEPT, focus)[0], 1e-6)
+    close(model(x, KEPT[:, [2, 0, 1]], focus[:, [2, 0, 1]]), model(x, KEPT, focus))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -127,13 +130,38 @@ def test_the_background_is_never_invisible():
     assert (model(x, kept) - model(y, kept)).abs().max() > 1e-3
 
 
-def test_gate_leaves_values_and_carries_a_gradient():
-    model, x = backbone(), images()
-    score = torch.zeros(2, 3, requires_grad=True)
-    out = model(x, KEPT, 1 + score.sigmoid() - score.sigmoid().detach())
-    close(out, model(x, KEPT))
-    (out * images(1, 32)[0, 0, :2].repeat(1, 10)).sum().backward()
-    assert score.grad is not None and (score.grad.abs() > 0).all()
+def focus_of(m):
+    return torch.randn(2, m, generator=torch.Generator().manual_seed(2)).softmax(1)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("kept", [KEPT, None])
+@torch.no_grad()
+def test_focus_by_brute_force(name, kept):
+    model, x, focus = backbone(name), images(), focus_of(16 if kept is None else 3)
+    plain, found, cells = model(x, kept), model(x, kept, focus), model.describe(x, kept)
+    assert found.shape == (2, 2 * model.embed_dim)
+    close(found[:, : model.embed_dim], plain)
+    for row in range(2):
+        own = range(16) if kept is None else kept[row].tolist()
+        mean = sum(weight * cells[row, cell] for weight, cell in zip(focus[row], own, strict=True))
+        close(found[row, model.embed_dim :], mean)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_focus_over_all_cells_is_one_function_dense_and_with_every_cell_kept(name):
+    model, x, focus = backbone(name, halo=48), images(), focus_of(16)
+    assert model.window == 128  # each tile sees the whole image: no border to differ by
+    close(model(x, torch.arange(16).expand(2, -1), focus), model(x, None, focus), 1e-4)
+
+
+@pytest.mark.parametrize("kept", [KEPT, None])
+def test_the_focus_carries_a_gradient_to_every_weight(kept):
+    model, focus = backbone(), focus_of(16 if kept is None else 3).requires_grad_()
+    found = model(images(), kept, focus)[:, model.embed_dim :]
+    (found * images(1, 32)[0, 0, :2].repeat(1, 10)).sum().backward()
+    assert focus.grad is not None and (focus.grad.abs() > 0).all()
 
 
 def border_error(halo, name="convnext_atto", size=256):
@@ -165,35 +193,14 @@ def test_a_halo_beyond_the_receptive_field_leaves_no_error():
     assert (nearer.fine_cells(x, cell)[:, 0] - model.fine_cells(x)[:, 44]).abs().max() > 1e-4
 
 
-def test_windows_lie_inside_the_image_around_their_tiles_on_the_coarsest_grid():
-    assert tiles.window_starts(256, 4, 64, 0).tolist() == [0, 64, 128, 192]
-    assert tiles.window_starts(224, 4, 64, 0).tolist() == [0, 48, 112, 160]
-    for size, count, halo in ((224, 4, 0), (224, 7, 16), (96, 3, 5), (320, 4, 40), (64, 64, 3)):
-        window, tile = tiles.window_size(size, count, halo), size // count
-        starts = tiles.window_starts(size, count, window, halo)
-        first = torch.arange(count) * tile
-        assert (starts >= 0).all() and (starts + window <= size).all()
-        assert (starts <= (first - halo).clamp_min(0)).all()
-        assert (starts + window >= (first + tile + halo).clamp_max(size)).all()
-        close(tiles.window_weights(size, starts, window, window // 32).sum(1), torch.ones(count**2))
-
-
-def test_pooling_weighs_by_area():
-    # 4 cells over 3 positions: a cell's 3/4 of a position lie in one or two of them
-    close(tiles.span_weights(0, 24, 96, 3), torch.tensor([1.0, 0.0, 0.0]))
-    close(tiles.span_weights(24, 48, 96, 3), torch.tensor([1 / 3, 2 / 3, 0.0]))
-    grid = torch.rand(1, 7, 7, generator=torch.Generator().manual_seed(0))
-    pooled = tiles.whole_weights(224, 4, 7) @ grid.flatten()
-    close(pooled.mean(), grid.mean())  # the cells' mean is timm's global average
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", SMALL)
 def test_bf16_is_close_to_fp32(name):
     model, x = backbone(name), images()
-    exact = model(x, KEPT), model(x)
+    choices = (KEPT, None), (None, None), (KEPT, focus_of(3)), (None, focus_of(16))
+    exact = [model(x, *choice) for choice in choices]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = model(x, KEPT), model(x)
+        rounded = [model(x, *choice) for choice in choices]
     for a, b in zip(rounded, exact, strict=True):
         assert float(tiles.relative_error(a.float(), b).max()) < 0.02
 
@@ -276,7 +283,8 @@ def test_a_training_step_reaches_network_overview_and_scorer(name, number):
     moved = {n.removeprefix("backbone.").split(".")[0] for n in moved}
     assert moved == {"cnn", "overview", "coarse", "position", "norm", "score", "saliency", "projector"}
     assert not [n for n, p in m.named_parameters() if p.requires_grad and p.grad is None]
-    assert m.encode(first, "sparse").shape == m.encode(first, "dense").shape == (4, m.backbone.embed_dim)
+    assert m.encode(first, "sparse").shape == m.encode(first, "dense").shape == (4, m.embed_dim)
+    assert m.embed_dim == 2 * m.backbone.embed_dim
     assert m.look(first).kept.shape == (4, 2)
 
 

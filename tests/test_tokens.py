@@ -28,9 +28,15 @@ def test_cell_patches_follow_cell_positions(generator):
 
 def test_coarse_patch_is_the_mean_of_each_cells_pixels(generator):
     images = torch.randn(1, 1, 16, 16, generator=generator)
-    coarse = tokens.coarse_patches(images, 4, 2)
+    coarse = tokens.patchify(tokens.shrink(images, 2), 4)
     brute = torch.stack([images[0, 0, 8:10, 2:4].mean(), images[0, 0, 14:16, 0:2].mean()])
     assert torch.allclose(coarse[0, 2, [1, 12]], brute)  # cell 2 is the lower left
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 6, 8])
+def test_shrink_is_the_mean_of_blocks(generator, factor):
+    x = torch.randn(2, 1, 48, 24, generator=generator)
+    torch.testing.assert_close(tokens.shrink(x, factor), torch.nn.functional.avg_pool2d(x, factor))
 
 
 def test_top_k_against_brute_force_with_ties():

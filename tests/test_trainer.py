@@ -59,27 +59,33 @@ def test_same_seed_same_bits_other_site_other_bits(precision):
     assert not torch.equal(one.module.backbone.vit.cls_token, other.module.backbone.vit.cls_token)
 
 
-def test_a_round_after_save_and_load_equals_a_round_without(tmp_path):
-    one = trainer()
+SELECTIONS = pytest.mark.parametrize("selection", ["surprise", "attention"])  # without and with a teacher
+
+
+@SELECTIONS
+def test_a_round_after_save_and_load_equals_a_round_without(tmp_path, selection):
+    one = trainer(f"selection={selection}")
     run(one, 1)
     one.save(tmp_path / "state.safetensors")
     shared = {n: one.module.state_dict()[n].clone() for n in one.method.shared_parameters()}
     run(one, 2)
-    two = trainer()
+    two = trainer(f"selection={selection}")
     two.module.load_state_dict(shared, strict=False)  # as a fresh process receives them
     two.load(tmp_path / "state.safetensors")
     run(two, 2)
     assert_same(weights(one), weights(two))
 
 
-def test_local_state_holds_no_shared_tensor(tmp_path):
+@SELECTIONS
+def test_local_state_holds_no_shared_tensor(tmp_path, selection):
     from safetensors.torch import load_file
 
-    t = trainer()
+    t = trainer(f"selection={selection}")
     run(t)
     t.save(tmp_path / "state.safetensors")
     local = {n.removeprefix("local.") for n in load_file(tmp_path / "state.safetensors") if n[:5] == "local"}
     assert local and not local & set(t.method.shared_parameters())
+    assert any(n.startswith("teacher.") for n in local) == (selection == "attention")
 
 
 def test_torn_state_is_a_clear_error(tmp_path):

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecontrast.errors import MethodError
+from sparsecontrast.levels import stack_grids
 from sparsecontrast.models import tokens
-
-LARGEST = 8  # cells of a side of the highest level, where it can be halved so far
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,5 @@ class Pyramid:
 
 
 def build_pyramid(grid: tuple[int, int], cell: int) -> Pyramid:
-    """Stack levels on a grid of patches until a side has at most ``LARGEST`` cells, or cannot be cut.
-
-    There is always one level of cells; ``grid`` is a multiple of ``cell``.
-    """
-    grids = [grid]
-    while len(grids) == 1 or (
-        cell > 1 and max(grids[-1]) > LARGEST and all(n % cell == 0 for n in grids[-1])
-    ):
-        grids.append((grids[-1][0] // cell, grids[-1][1] // cell))
-    return Pyramid(tuple(grids), cell)
+    """Stack the levels of a grid of patches; ``grid`` is a multiple of ``cell``."""
+    return Pyramid(stack_grids(grid, cell), cell)

@@ -53,11 +53,6 @@ def cell_positions(grid: tuple[int, int], cell: int) -> Tensor:
     return cell_patches(index, 1, cell).reshape(-1, cell * cell)
 
 
-def coarse_patches(images: Tensor, patch: int, cell: int) -> Tensor:
-    """Mean-pool the image ``cell`` times and cut it into patches: one per cell, [B, cells, C * patch^2]."""
-    return patchify(shrink(images, cell), patch)
-
-
 def shrink(images: Tensor, factor: int) -> Tensor:
     """Mean-pool images [B, C, H, W] by ``factor``, which divides H and W.
 

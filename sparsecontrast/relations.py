@@ -1,0 +1,114 @@
+"""What keys of the configuration must be to each other, each with what is said where they are not.
+
+The range of one key on its own stands in ``ranges.py`` and holds already.
+"""
+
+from typing import TYPE_CHECKING
+
+from sparsecontrast.errors import ConfigError
+from sparsecontrast.levels import stack_grids
+
+if TYPE_CHECKING:
+    from sparsecontrast.config import Config
+
+BASELINES = ("pixels", "random_init", "local_only", "centralised")
+"""What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
+
+Relations = list[tuple[bool, str]]
+"""Whether each holds, and what is said where it does not."""
+
+
+def check_relations(config: "Config") -> None:
+    """Refuse values that are possible by themselves, but not beside each other.
+
+    Raises:
+        ConfigError: the first relation that does not hold.
+    """
+    kind = _vit_relations if config.backbone.tiles is None else _cnn_relations
+    for relations in (kind, _relations, _evaluation_relations):
+        for holds, message in relations(config):
+            if not holds:
+                raise ConfigError(message)
+
+
+def _vit_relations(config: "Config") -> Relations:
+    """What a ViT's keys must be to each other."""
+    b = config.backbone
+    if b.patch_size is None or b.pool is None:
+        return [(False, "backbone: a ViT needs patch_size and pool, a CNN needs tiles; neither is complete")]
+    cell, size = b.patch_size * config.method.cell, f"backbone.img_size={b.img_size}"
+    return [
+        (b.halo is None, f"backbone.halo={b.halo}: belongs to a CNN, beside backbone.tiles; set to null"),
+        (b.img_size % cell == 0, f"{size}: must be a multiple of patch_size x cell = {cell}"),
+    ]
+
+
+def _cnn_relations(config: "Config") -> Relations:
+    """What a CNN's keys must be to each other."""
+    b, tiles, halo = config.backbone, config.backbone.tiles or 1, config.backbone.halo or 0
+    foreign = [f"backbone.{key}={v}" for key in ("patch_size", "depth", "pool") if (v := getattr(b, key))]
+    size, tile = f"backbone.img_size={b.img_size}", b.img_size // tiles
+    return [
+        (not foreign, f"{', '.join(foreign)}: of a ViT, but {b.name} has backbone.tiles; set to null"),
+        (b.img_size % 32 == 0, f"{size}: must be a multiple of 32, a CNN's stride"),
+        (b.img_size % tiles == 0, f"{size}: must be a multiple of backbone.tiles={tiles}"),
+        (
+            tile + 2 * halo <= b.img_size,
+            f"backbone.halo={halo}: {size} holds no tile of {tile} px and two halos",
+        ),
+    ]
+
+
+def _least_keep(config: "Config") -> float:
+    """The smallest share: a ViT's highest level of cells, each one token; one tile of a CNN."""
+    b, cell = config.backbone, config.method.cell
+    if b.tiles is not None or b.patch_size is None:
+        return 1 / (b.tiles or 1) ** 2
+    side = b.img_size // b.patch_size
+    if side == 0 or side % cell:
+        return 1 / cell**2  # refused by what is checked beside this
+    return (stack_grids((side, side), cell)[-1][0] / side) ** 2
+
+
+def _relations(config: "Config") -> Relations:
+    """What keys must be to each other, whatever the backbone."""
+    m, t, f, d = config.method, config.train, config.federation, config.data
+    least = _least_keep(config)
+    return [
+        (
+            least <= m.keep,
+            f"method.keep={m.keep}: must be in [{least:g}, 1], all coarse (a CNN: one tile) to dense",
+        ),
+        (
+            m.dense_start + m.dense_end <= 1,
+            f"method.dense_start + method.dense_end = {m.dense_start + m.dense_end:g}: must be at most 1",
+        ),
+        (
+            len(t.crop_area) == 2 and t.crop_area[0] <= t.crop_area[1],
+            f"train.crop_area={list(t.crop_area)}: must be [low, high] with 0 < low <= high <= 1",
+        ),
+        (
+            f.min_sites <= f.sites,
+            f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
+        ),
+        (
+            0 < d.val_fraction + d.test_fraction < 1,
+            "data.val_fraction + data.test_fraction: must be in (0, 1)",
+        ),
+    ]
+
+
+def _evaluation_relations(config: "Config") -> Relations:
+    """What would otherwise be found after all training."""
+    e, least = config.evaluation, _least_keep(config)
+    unknown = sorted(set(e.baselines) - set(BASELINES))
+    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
+    return [
+        (not unknown, f"evaluation.baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
+        (
+            kept,
+            f"evaluation.keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], "
+            "coarsest to dense",
+        ),
+        (len(e.label_fractions) > 0, "evaluation.label_fractions=[]: must name at least one, such as [1.0]"),
+    ]
