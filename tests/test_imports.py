@@ -33,8 +33,13 @@ ROOMS = {
     "sparsecontrast/errors.py": (),
     "sparsecontrast/structure.py": ("sparsecontrast.errors",),
     "sparsecontrast/ranges.py": ("sparsecontrast.errors",),
+    "sparsecontrast/levels.py": (),
     # the type alone: config imports it, not the other way round
-    "sparsecontrast/relations.py": ("sparsecontrast.errors", "sparsecontrast.config"),
+    "sparsecontrast/relations.py": (
+        "sparsecontrast.errors",
+        "sparsecontrast.levels",
+        "sparsecontrast.config",
+    ),
     "sparsecontrast/config.py": (
         "sparsecontrast.errors",
         "sparsecontrast.ranges",
@@ -42,7 +47,7 @@ ROOMS = {
         "sparsecontrast.structure",
     ),
     "sparsecontrast/data/": (*ERRORS, *DATA),
-    "sparsecontrast/models/": (*ERRORS, *MODELS),
+    "sparsecontrast/models/": (*ERRORS, *MODELS, "sparsecontrast.levels"),
     "sparsecontrast/losses.py": ERRORS,
     "sparsecontrast/methods/": (*ERRORS, *METHODS),
     "sparsecontrast/payload.py": FILE_ROOMS,

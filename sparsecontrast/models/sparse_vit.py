@@ -74,8 +74,7 @@ class SparseViT(nn.Module):
             pooled = vit.pool(x)
         else:
             x = self.embed(images, kept)
-            prefix = torch.ones(vit.num_prefix_tokens, device=x.device)
-            areas = torch.cat([prefix, self.pyramid.areas(kept.shape[1], x.device)])
+            areas = self._areas(kept.shape[1], x.device)
             bias = areas.log().to(_attention_dtype(x))[None, None, None]
             for block in vit.blocks.children():
                 x = block(x, attn_mask=bias)
@@ -117,6 +116,11 @@ class SparseViT(nn.Module):
             x = block(x)
         cells = total[:, self.positions].sum(-1)
         return cells / cells.sum(1, keepdim=True)
+
+    def _areas(self, m: int, device: torch.device) -> Tensor:
+        """Patches that each token stands for, [prefix + K]; a prefix token counts as one."""
+        prefix = torch.ones(self.vit.num_prefix_tokens, device=device)
+        return torch.cat([prefix, self.pyramid.areas(m, device)])
 
     def _area_mean(self, x: Tensor, areas: Tensor) -> Tensor:
         """Mean over the image's area: a coarse token counts for the cell^2 patches it stands for."""
