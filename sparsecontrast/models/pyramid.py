@@ -74,9 +74,11 @@ class Pyramid:
 
     def areas(self, m: int, device: torch.device) -> Tensor:
         """Patches that each token stands for, [tokens]: patches first, then level by level."""
-        counts = torch.tensor(self.token_counts(m))
-        area = torch.tensor([self.cell ** (2 * level) for level in range(len(counts))])
-        return torch.repeat_interleave(area, counts).float().to(device)
+        counts = enumerate(self.token_counts(m))
+        # pieces of known length: a length that is read from a tensor can be neither compiled nor exported
+        return torch.cat(
+            [torch.full((n,), self.cell ** (2 * level), device=device) for level, n in counts]
+        ).float()
 
     def _parents(self, cells: Tensor, level: int, count: int) -> Tensor:
         """``count`` cells of ``level``: those above ``cells`` of the level below, then those nearest."""
