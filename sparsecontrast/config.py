@@ -149,10 +149,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class AutoKeepConfig:
+    """What ``evaluation.keep=auto`` promises; ``sparsecontrast.auto_keep`` keeps it."""
+
+    confidence: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Probes of a run; ``tasks`` entries are read by ``sparsecontrast.evaluation``."""
 
     keep: str | float
+    auto: AutoKeepConfig
     precision: Literal["fp32", "bf16", "int8"]
     label_fractions: tuple[float, ...]
     bootstrap: int
@@ -342,13 +351,17 @@ def _evaluation_relations(config: Config) -> list[tuple[bool, str]]:
     """What would otherwise be found after all training."""
     e, least = config.evaluation, _least_keep(config)
     unknown = sorted(set(e.baselines) - set(BASELINES))
-    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
+    kept = e.keep in ("dense", "sparse", "auto") if isinstance(e.keep, str) else least <= e.keep <= 1
     return [
         (not unknown, f"evaluation.baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
         (
             kept,
             f"evaluation.keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], "
-            "coarsest to dense",
+            "coarsest to dense, or auto",
+        ),
+        (
+            e.keep != "auto" or e.precision != "int8",
+            "evaluation.keep=auto: int8 scales by whole batches, so no image stands for itself; use bf16",
         ),
         (len(e.label_fractions) > 0, "evaluation.label_fractions=[]: must name at least one, such as [1.0]"),
     ]

@@ -144,11 +144,13 @@ class SparseContrast(nn.Module):
         """
         named = {"dense": 1.0, "sparse": self.config.keep}
         m = self.backbone.kept_cells(named[keep] if isinstance(keep, str) else keep)
-        dense = m == self.backbone.num_cells
-        if dense and not self.config.focus:
+        if m == self.backbone.num_cells and not self.config.focus:
             return Choice(None, None)
-        scores = self._masked(images, self._scores(images))
-        kept = None if dense else tokens.top_k(scores, m)
+        return self.choose_among(self._masked(images, self._scores(images)), m)
+
+    def choose_among(self, scores: Tensor, m: int) -> Choice:
+        """Choose the m highest cells of scores [B, cells], as ``look`` returns them."""
+        kept = None if m == self.backbone.num_cells else tokens.top_k(scores, m)
         return Choice(kept, self._focus(scores, kept))
 
     @torch.no_grad()

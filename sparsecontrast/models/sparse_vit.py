@@ -56,6 +56,16 @@ class SparseViT(nn.Module):
         """Cells to keep fine for a share ``keep`` of all tokens (``tokens.fine_cells``)."""
         return tokens.fine_cells(keep, self.num_cells, self.cell)
 
+    @property
+    def least_keep(self) -> float:
+        """The smallest share of the tokens: every cell coarse."""
+        return 1 / self.cell**2
+
+    def share(self, m: int) -> float:
+        """Share of all tokens that m fine cells leave to compute, in [``least_keep``, 1]."""
+        area = self.cell**2
+        return (self.num_cells + (area - 1) * m) / (area * self.num_cells)
+
     def forward(self, images: Tensor, kept: Tensor | None = None, focus: Tensor | None = None) -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D], or [B, 2 D] with ``focus``.
 
