@@ -116,7 +116,10 @@ def calibrate(
     fixed = tuple(Point(float(s), float(r)) for s, r in zip(shares, weights @ failed, strict=True))
     curve = _curve(candidates, risks, uncovered, np.asarray(shares))
     threshold = float(within[-1]) if len(within) else None
-    if threshold is None or (rungs_for(uncovered, threshold) == uncovered.shape[1] - 1).all():
+    rungs = rungs_for(uncovered, threshold)
+    saving = rungs < uncovered.shape[1] - 1
+    # where every saving is a failure, the risk that is allowed would be spent on nothing
+    if failed[saving, rungs[saving]].all():
         return AutoKeep(None, n, curve, fixed, _unproven(fixed, n, alpha))
     return AutoKeep(threshold, n, curve, fixed, None)
 
@@ -148,10 +151,11 @@ def _risks(
 def _curve(
     candidates: np.ndarray, risks: np.ndarray, uncovered: np.ndarray, shares: np.ndarray
 ) -> tuple[Point, ...]:
-    """A few points of the trade-off, evenly spaced among the candidates; both ends belong to it."""
+    """A few points of the trade-off: dense, then evenly spaced among the candidates to the last."""
     chosen = np.unique(np.linspace(0, len(candidates) - 1, POINTS).round().astype(int))
-    means = [float(shares[rungs_for(uncovered, candidates[i])].mean()) for i in chosen]
-    return tuple(Point(m, float(risks[i])) for m, i in zip(means, chosen, strict=True))
+    dense = Point(1.0, 0.0)  # the lowest candidate may already leave out excluded cells: they weigh nothing
+    means = [float(shares[rungs_for(uncovered, float(candidates[i]))].mean()) for i in chosen]
+    return (dense, *(Point(m, float(risks[i])) for m, i in zip(means, chosen, strict=True)))
 
 
 def _unproven(fixed: Sequence[Point], n: int, alpha: float) -> str:

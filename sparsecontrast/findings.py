@@ -177,9 +177,9 @@ def auto_sentence(evaluation: Mapping[str, Any]) -> str:
         return f"All tokens of every image were computed, because {auto['reason']}."
     risk, off = 100 * (1 - auto["confidence"]), f"by more than a cosine distance of {auto['tolerance']:g}"
     return (
-        f"{100 * auto['mean_share']:.0f} % of the tokens were computed on average, of each image as few as it "
-        f"needs. Calibrated on {auto['patients']} other patients: at most {risk:.3g} % of the images of new "
-        f"patients like them may differ from the dense embedding {off}; measured "
+        f"{100 * auto['mean_share']:.0f} % of the tokens were computed on average, of each image as few as "
+        f"it needs. Calibrated on {auto['patients']} other patients: at most {risk:.3g} % of the images of "
+        f"new patients like them may differ from the dense embedding {off}; measured "
         f"{100 * auto['risk']:.1f} %, over {auto['scored_patients']} held-out patients."
     )
 
