@@ -23,7 +23,7 @@ from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.features import BATCH, Tick, frozen_method
 from sparsecontrast.tasks import Table
 
-LADDER = (0.0, 0.35, 0.5, 0.7, 0.85, 1.0)
+LADDER = (0.0, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92, 1.0)
 """Shares of the tokens; the first stands for the smallest that the backbone can compute."""
 
 
@@ -47,19 +47,19 @@ class Reader:
 
         The images of one rung go through the network together, so every pass has a fixed shape.
         """
-        scores = self.method.look(view).scores
+        scores, ranking = self.method.score(view)
         rungs = rungs_for(self._uncovered(scores), threshold)
         rows = [torch.from_numpy(np.flatnonzero(rungs == r)).to(view.device) for r in np.unique(rungs)]
         parts = [
-            self._at(view[mine], scores[mine], r) for mine, r in zip(rows, np.unique(rungs), strict=True)
+            self._at(view[mine], ranking[mine], r) for mine, r in zip(rows, np.unique(rungs), strict=True)
         ]
         return torch.cat(parts)[torch.cat(rows).argsort()], rungs
 
     @torch.no_grad()
     def compare(self, view: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return the cosine distance of every rung from dense, and its uncovered mass: each [B, rungs]."""
-        scores = self.method.look(view).scores
-        every = [self._at(view, scores, r) for r in range(len(self.cells))]
+        scores, ranking = self.method.score(view)
+        every = [self._at(view, ranking, r) for r in range(len(self.cells))]
         apart = np.stack([distance(one, every[-1]) for one in every], axis=1)
         return apart, self._uncovered(scores)
 
@@ -67,8 +67,8 @@ class Reader:
         """Embed images [B, 1, H, W] with every cell in full detail."""
         return self.method.encode(view, "dense")
 
-    def _at(self, view: Tensor, scores: Tensor, rung: int) -> Tensor:
-        return self.method.backbone(view, *self.method.choose_among(scores, self.cells[rung]))
+    def _at(self, view: Tensor, ranking: Tensor, rung: int) -> Tensor:
+        return self.method.backbone(view, *self.method.choose_among(ranking, self.cells[rung]))
 
     def _uncovered(self, scores: Tensor) -> np.ndarray:
         return uncovered_mass(scores, self.cells).cpu().numpy()

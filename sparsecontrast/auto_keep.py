@@ -6,7 +6,9 @@ Source: Angelopoulos, Bates, Fisch, Lei, Schuster, Conformal Risk Control (ICLR 
 - a ladder of *rungs*, kept cells m_1 < ... < m_R = all of them (dense);
 - before the backbone runs, the scores s of an image say how much surprise a rung leaves out: the
   *uncovered* mass u_r, the share of softmax(s) outside of the m_r highest cells. It falls with r
-  and is 0 where all are kept;
+  and is 0 where all are kept. The scores are those before border and text are put last: these
+  cells are not chosen, but being coarse they move the embedding too (on phantoms u_r then goes
+  with the distance, rank correlation .3; without them it goes against it at high rungs);
 - at threshold t an image is computed at the lowest rung with u_r <= t;
 - its loss is 1 if its embedding there is further from its dense embedding than a tolerance (cosine
   distance), else 0. The theorem needs a loss that never falls as t rises, so a rung also counts as
@@ -153,7 +155,7 @@ def _curve(
 ) -> tuple[Point, ...]:
     """A few points of the trade-off: dense, then evenly spaced among the candidates to the last."""
     chosen = np.unique(np.linspace(0, len(candidates) - 1, POINTS).round().astype(int))
-    dense = Point(1.0, 0.0)  # the lowest candidate may already leave out excluded cells: they weigh nothing
+    dense = Point(1.0, 0.0)  # the lowest candidate is 0, and a mass may be rounded to it
     means = [float(shares[rungs_for(uncovered, float(candidates[i]))].mean()) for i in chosen]
     return (dense, *(Point(m, float(risks[i])) for m, i in zip(means, chosen, strict=True)))
 

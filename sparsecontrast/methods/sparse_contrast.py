@@ -146,17 +146,23 @@ class SparseContrast(nn.Module):
         m = self.backbone.kept_cells(named[keep] if isinstance(keep, str) else keep)
         if m == self.backbone.num_cells and not self.config.focus:
             return Choice(None, None)
-        return self.choose_among(self._masked(images, self._scores(images)), m)
+        return self.choose_among(self.score(images)[1], m)
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of all cells, and the ranking by which they are kept (border and text last): [B, cells]."""
+        scores = self._scores(images)
+        return scores, self._masked(images, scores)
 
     def choose_among(self, scores: Tensor, m: int) -> Choice:
-        """Choose the m highest cells of scores [B, cells], as ``look`` returns them."""
+        """Choose the m highest cells of a ranking [B, cells]."""
         kept = None if m == self.backbone.num_cells else tokens.top_k(scores, m)
         return Choice(kept, self._focus(scores, kept))
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Look:
         """Return scores and the cells kept at the configured share."""
-        scores = self._masked(images, self._scores(images))
+        scores = self.score(images)[1]
         return Look(
             scores, tokens.top_k(scores, self.backbone.kept_cells(self.config.keep)), self.backbone.grid
         )
