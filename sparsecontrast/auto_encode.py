@@ -9,6 +9,7 @@ densely, and the record says why.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecontrast.auto_keep import AutoKeep, calibrate, patient_weights, rungs_for, uncovered_mass
+from sparsecontrast.auto_keep import AutoKeep, calibrate, rungs_for, uncovered_mass
 from sparsecontrast.config import Config
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.features import BATCH, Tick, frozen_method
@@ -152,16 +153,19 @@ def _found(found: AutoKeep) -> dict[str, Any]:
 
 
 def _kept(reader: Reader, taken: np.ndarray, off: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
-    """How the scored images [n] were read: their rungs, the mean share, and how many are off."""
+    """How the scored images [n] were read: their rungs, the mean share, how many are off, per patient."""
     counts: Sequence[int] = np.bincount(taken, minlength=len(reader.cells)).tolist()
     rungs = [
         {"share": share, "cells": cells, "images": count}
         for share, cells, count in zip(reader.shares, reader.cells, counts, strict=True)
     ]
+    number = np.unique(patients, return_inverse=True)[1]
+    risks = np.bincount(number, off) / np.bincount(number)
     return {
         "rungs": rungs,
         "mean_share": float(np.asarray(reader.shares)[taken].mean()) if len(taken) else 1.0,
-        "risk": float(patient_weights(patients) @ off) if len(taken) else 0.0,
+        "risk": float(risks.mean()) if len(taken) else 0.0,
+        "risk_error": float(risks.std() / math.sqrt(len(risks))) if len(taken) else 0.0,
         "scored_images": len(taken),
-        "scored_patients": len(np.unique(patients)),
+        "scored_patients": len(risks),
     }

@@ -180,7 +180,8 @@ def auto_sentence(evaluation: Mapping[str, Any]) -> str:
         f"{100 * auto['mean_share']:.0f} % of the tokens were computed on average, of each image as few as "
         f"it needs. Calibrated on {auto['patients']} other patients: at most {risk:.3g} % of the images of "
         f"new patients like them may differ from the dense embedding {off}; measured "
-        f"{100 * auto['risk']:.1f} %, over {auto['scored_patients']} held-out patients."
+        f"{100 * auto['risk']:.1f} % on {auto['scored_patients']} held-out patients (standard error "
+        f"{100 * auto['risk_error']:.1f})."
     )
 
 

@@ -210,6 +210,7 @@ def test_a_run_is_scored_at_auto_and_the_report_says_what_it_kept(run):
     assert sum(r["images"] for r in found["rungs"]) == found["scored_images"] > 0
     mean = sum(r["images"] * r["share"] for r in found["rungs"]) / found["scored_images"]
     assert found["mean_share"] == pytest.approx(mean) and 0 <= found["risk"] <= 1
+    assert 0 <= found["risk_error"] < 0.5 and found["scored_patients"] < found["scored_images"]
     assert found["curve"][0] == {"share": 1.0, "risk": 0.0} and len(found["fixed"]) == len(found["rungs"])
     page = write_report(run, show=False).read_text()
     assert f"{100 * found['mean_share']:.0f} % of the tokens were computed on average" in page
