@@ -178,10 +178,10 @@ def auto_sentence(evaluation: Mapping[str, Any]) -> str:
     risk, off = 100 * (1 - auto["confidence"]), f"by more than a cosine distance of {auto['tolerance']:g}"
     return (
         f"{100 * auto['mean_share']:.0f} % of the tokens were computed on average, of each image as few as "
-        f"it needs. Calibrated on {auto['patients']} other patients: at most {risk:.3g} % of the images of "
-        f"new patients like them may differ from the dense embedding {off}; measured "
-        f"{100 * auto['risk']:.1f} % on {auto['scored_patients']} held-out patients (standard error "
-        f"{100 * auto['risk_error']:.1f})."
+        f"it needs. Calibrated on {auto['patients']} other patients: averaged over such calibrations, at "
+        f"most {risk:.3g} % of the images of new patients like them differ from the dense embedding {off}. "
+        f"Measured here: {100 * auto['risk']:.1f} % on {auto['scored_patients']} held-out patients (standard "
+        f"error {100 * auto['risk_error']:.1f})."
     )
 
 
