@@ -112,7 +112,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _share(text: str) -> str | float:
-    return text if text in ("dense", "sparse") else float(text)
+    # auto is known, and refused by the export with a reason
+    return text if text in ("dense", "sparse", "auto") else float(text)
 
 
 def _phantom(options: argparse.Namespace) -> None:

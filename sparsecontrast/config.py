@@ -149,10 +149,19 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class AutoKeepConfig:
+    """What ``evaluation.keep=auto`` promises; ``sparsecontrast.auto_keep`` keeps it."""
+
+    confidence: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Probes of a run; ``tasks`` entries are read by ``sparsecontrast.evaluation``."""
 
     keep: str | float
+    auto: AutoKeepConfig
     precision: Literal["fp32", "bf16", "int8"]
     label_fractions: tuple[float, ...]
     bootstrap: int

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsecontrast.auto_encode import encode_auto, extra_ticks
 from sparsecontrast.checkpoint import Round
 from sparsecontrast.config import DataConfig, anchored, as_dict
 from sparsecontrast.durable import write_bytes
@@ -62,7 +63,7 @@ def evaluate_run(
     table = make_table(dataset.frame, run_sites(run, dataset))
     tasks = parse_tasks(run.config.evaluation.tasks, table)
     baselines = Baselines(run, found.number, dataset.images, table, tasks)
-    sets, budgets = _feature_sets(baselines, found, against, show)
+    sets, budgets, auto = _feature_sets(baselines, found, against, show)
     evaluation = run.config.evaluation
     scorer = Scorer(
         evaluation.label_fractions, evaluation.knn_neighbours, evaluation.bootstrap, run.config.seed
@@ -74,7 +75,8 @@ def evaluate_run(
     result = {
         "version": VERSION, "round": found.number, "seed": run.config.seed,
         "trained": sets[0].name, "features": [s.name for s in sets],
-        "keep": evaluation.keep, "precision": evaluation.precision, "overrides": list(overrides),
+        "keep": evaluation.keep, "auto_keep": auto, "precision": evaluation.precision,
+        "overrides": list(overrides),
         "scored_split": table.scored_split,
         "tasks": [as_dict(vars(t)) for t in tasks], "bootstrap": evaluation.bootstrap,
         "budgets": {name: vars(b) for name, b in budgets.items()},
@@ -132,22 +134,34 @@ def versions() -> dict[str, str]:
 
 def _feature_sets(
     baselines: Baselines, found: Round, against: Sequence[str | Path], show: bool
-) -> tuple[list[Features], dict[str, Budget]]:
-    """Encode the run, the runs it is set against, and its baselines; the run stands first."""
+) -> tuple[list[Features], dict[str, Budget], dict[str, Any]]:
+    """Encode the run, the runs it is set against, and its baselines; the run stands first.
+
+    Returns:
+        The features, the budgets of what was trained, and what ``keep=auto`` did for each run by name.
+    """
     run, images = baselines.run, baselines.images
     names = run.config.evaluation.baselines
     trained = [(run_name(run), run, found), *_others(run, against, names)]
-    total = len(trained) * -(-len(images) // BATCH) + sum(baselines.ticks(name) for name in names)
-    sets, budgets = [], {}
+    adaptive = run.config.evaluation.keep == "auto"
+    ticks = -(-len(images) // BATCH) + (extra_ticks(baselines.table) if adaptive else 0)
+    total = len(trained) * ticks + sum(baselines.ticks(name) for name in names)
+    sets, budgets, auto = [], {}, {}
     with progress("Features", total, show) as tick:
         for name, one, weights in trained:
-            sets.append(Features(name, (encode(one.config, weights.tensors, images, tick, name),)))
+            if adaptive:
+                rows, auto[name] = encode_auto(
+                    one.config, weights.tensors, images, baselines.table, tick, name
+                )
+            else:
+                rows = encode(one.config, weights.tensors, images, tick, name)
+            sets.append(Features(name, (rows,)))
             budgets[name] = Budget(weights.number, sum(presented_images(one).values()))
         for name in names:
             features, budget = baselines.make(name, tick)
             sets.append(features)
             budgets |= {name: budget} if budget else {}
-    return sets, budgets
+    return sets, budgets, auto
 
 
 def _others(run: Run, folders: Sequence[str | Path], taken: Sequence[str]) -> list[tuple[str, Run, Round]]:
@@ -159,6 +173,7 @@ def _others(run: Run, folders: Sequence[str | Path], taken: Sequence[str]) -> li
     found, asked = [], run.config.evaluation
     for folder in folders:
         words = [f"evaluation.keep={asked.keep}", f"evaluation.precision={asked.precision}"]
+        words += [f"evaluation.auto.{key}={value}" for key, value in vars(asked.auto).items()]
         other = read_run(folder, words)
         if _source(other) != _source(run):
             raise ConfigError(

@@ -54,7 +54,7 @@ def export_run(
 
     Raises:
         MissingDataError, UntrainedError: there is no trained run.
-        ConfigError: an unknown format, a missing package, a selection that cannot be exported.
+        ConfigError: an unknown format, a missing package, ``keep=auto``, a selection that cannot be exported.
         MethodError: ``keep`` is out of range.
         ExportError: a file does not compute what the run computes; nothing is left.
         StorageError: ``out`` is used already, or cannot be written.
@@ -63,6 +63,11 @@ def export_run(
     from sparsecontrast.runs import read_run
 
     _check_formats(formats, int8)
+    if keep == "auto":
+        raise ConfigError(
+            "--keep auto: a graph keeps the same number of cells of every image, so it cannot choose a share "
+            "for each; give a number, such as 0.5 (evaluation.json lists what each share risks)"
+        )
     run = read_run(run_dir)
     found = trained_round(run)
     method = load_method(run.config, found.tensors)

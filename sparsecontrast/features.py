@@ -82,12 +82,8 @@ def load_method(config: Config, tensors: Mapping[str, Tensor]):
     return method
 
 
-def encode(
-    config: Config, tensors: Mapping[str, Tensor] | None, images: np.ndarray, tick: Tick, name: str
-) -> np.ndarray:
-    """Embed uint8 images [N, S, S] -> float32 [N, D] at ``evaluation.keep``; no tensors = random init.
-
-    ``evaluation.precision`` is the backbone's; the cells are chosen in fp32 whatever it is.
+def frozen_method(config: Config, tensors: Mapping[str, Tensor] | None) -> tuple[Any, torch.device]:
+    """Build a method on the device that is there, its backbone at ``evaluation.precision``.
 
     Raises:
         ConfigError: int8 where there is a GPU.
@@ -98,11 +94,28 @@ def encode(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method.to(device)
     method.backbone = prepare(method.backbone, config.evaluation.precision, device.type)  # type: ignore[assignment]
+    return method, device
+
+
+def encode(
+    config: Config, tensors: Mapping[str, Tensor] | None, images: np.ndarray, tick: Tick, name: str
+) -> np.ndarray:
+    """Embed uint8 images [N, S, S] -> float32 [N, D] at ``evaluation.keep``; no tensors = random init.
+
+    ``evaluation.precision`` is the backbone's; the cells are chosen in fp32 whatever it is. ``auto`` is
+    calibrated for trained runs alone (``auto_encode.py``): a baseline is read densely then, which is
+    what ``auto`` promises to equal.
+
+    Raises:
+        ConfigError: int8 where there is a GPU.
+    """
+    method, device = frozen_method(config, tensors)
+    keep = "dense" if config.evaluation.keep == "auto" else config.evaluation.keep
     rows = []
     for start in range(0, len(images), BATCH):
         batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))
         view = evaluation_view(batch, config.backbone.img_size).to(device)
-        rows.append(method.encode(view, config.evaluation.keep).float().cpu().numpy())
+        rows.append(method.encode(view, keep).float().cpu().numpy())
         tick(f"{name}, image {start + len(batch)} of {len(images)}")
     return np.concatenate(rows)
 

@@ -152,6 +152,11 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
         )
     if evaluation["keep"] == "dense":
         said.append("All features were read densely: every part of each image was computed.")
+    elif evaluation["keep"] == "auto":
+        said.append(
+            "Features of trained runs were read at keep = auto, each network calibrated by itself; baselines "
+            f"were read densely. {auto_sentence(evaluation)}"
+        )
     else:
         said.append(
             f"Features were read at keep = {evaluation['keep']}: only the kept parts of each image were "
@@ -161,6 +166,23 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
     if few:
         said.append(f"{few} cells rest on fewer than {FEW_PATIENTS} patients: read them as anecdotes.")
     return said
+
+
+def auto_sentence(evaluation: Mapping[str, Any]) -> str:
+    """Say what ``keep=auto`` computed of the run's images and promised; empty where it was not asked."""
+    auto = (evaluation.get("auto_keep") or {}).get(evaluation["trained"])
+    if auto is None:
+        return ""
+    if auto["threshold"] is None:
+        return f"All tokens of every image were computed, because {auto['reason']}."
+    risk, off = 100 * (1 - auto["confidence"]), f"by more than a cosine distance of {auto['tolerance']:g}"
+    return (
+        f"{100 * auto['mean_share']:.0f} % of the tokens were computed on average, of each image as few as "
+        f"it needs. Calibrated on {auto['patients']} other patients: averaged over such calibrations, at "
+        f"most {risk:.3g} % of the images of new patients like them differ from the dense embedding {off}. "
+        f"Measured here: {100 * auto['risk']:.1f} % on {auto['scored_patients']} held-out patients (standard "
+        f"error {100 * auto['risk_error']:.1f})."
+    )
 
 
 def print_results(evaluation: Mapping[str, Any]) -> None:
@@ -182,6 +204,8 @@ def print_results(evaluation: Mapping[str, Any]) -> None:
         for row in rows:
             table.add_row(*map(escape, row), style="bold" if THIS in row[0] else None)
         console.print(table)
+    if sentence := auto_sentence(evaluation):
+        console.print(escape(sentence))
     console.print(f"95 % intervals over patients; {evaluation['scored_split']} split; 0.5 is guessing")
 
 

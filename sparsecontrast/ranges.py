@@ -73,6 +73,8 @@ RANGES: dict[str, Bounds] = {
     "train.crop_area": (0, 1, "(]"),
     "train.rotation": (0, 45, "[]"),
     "train.threads": (1, 1024, "[]"),
+    "evaluation.auto.confidence": (0, 1, "()"),
+    "evaluation.auto.tolerance": (0, 2, "[]"),  # of a cosine distance
     "evaluation.label_fractions": (0, 1, "(]"),
     "evaluation.bootstrap": (1, 1_000_000, "[]"),
     "evaluation.knn_neighbours": COUNT,

@@ -102,13 +102,17 @@ def _evaluation_relations(config: "Config") -> Relations:
     """What would otherwise be found after all training."""
     e, least = config.evaluation, _least_keep(config)
     unknown = sorted(set(e.baselines) - set(BASELINES))
-    kept = e.keep in ("dense", "sparse") if isinstance(e.keep, str) else least <= e.keep <= 1
+    kept = e.keep in ("dense", "sparse", "auto") if isinstance(e.keep, str) else least <= e.keep <= 1
     return [
         (not unknown, f"evaluation.baselines: unknown {unknown}; known: {', '.join(BASELINES)}"),
         (
             kept,
             f"evaluation.keep={e.keep}: must be dense, sparse or a number in [{least:g}, 1], "
-            "coarsest to dense",
+            "coarsest to dense, or auto",
+        ),
+        (
+            e.keep != "auto" or e.precision != "int8",
+            "evaluation.keep=auto: int8 scales by whole batches, so no image stands for itself; use bf16",
         ),
         (len(e.label_fractions) > 0, "evaluation.label_fractions=[]: must name at least one, such as [1.0]"),
     ]

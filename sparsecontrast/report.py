@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsecontrast import findings, record
-from sparsecontrast.charts import Dot, dot_chart
+from sparsecontrast.charts import Dot, Line, dot_chart, line_chart
 from sparsecontrast.checkpoint import latest, read_round
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import SparseContrastError
@@ -125,6 +125,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "notes": findings.notes(evaluation),
         "blocks": blocks,
         "neighbours": findings.neighbour_table(evaluation),
+        "auto": {"sentence": findings.auto_sentence(evaluation), "chart": _auto_chart(evaluation)},
         "selection": evaluation.get("selection"),
         "recall": findings.recall_table(evaluation),
         "budgets": [
@@ -153,6 +154,21 @@ def _result_chart(evaluation: Mapping[str, Any], question: findings.Question) ->
         if dots:
             groups.append((findings.labels_in_words(fraction), dots))
     return dot_chart(groups, f"AUROC of {question.title}", "AUROC", chance=0.5, high=1.0)
+
+
+def _auto_chart(evaluation: Mapping[str, Any]) -> "Markup | str":
+    """Draw what computing less costs: chosen for each image, and the same share for all."""
+    auto = (evaluation.get("auto_keep") or {}).get(evaluation["trained"])
+    if auto is None or not auto["curve"]:
+        return ""
+    ways = (("chosen for each image", "curve", "main"), ("the same share for all", "fixed", "dashed"))
+    lines = [
+        Line(name, [100 * p["share"] for p in auto[key]], [100 * p["risk"] for p in auto[key]], kind, colour)
+        for colour, (name, key, kind) in enumerate(ways)
+    ]
+    allowed = 100 * (1 - auto["confidence"])
+    lines.append(Line(f"allowed: {allowed:.3g} %", lines[1].x, [allowed] * len(lines[1].x), "dashed", 2))
+    return line_chart(lines, "share computed against risk", "% of the tokens", "% of images off", zero=True)
 
 
 def _looks(run: Run, dataset: "Dataset | None", absent: str, show: bool) -> dict[str, Any]:

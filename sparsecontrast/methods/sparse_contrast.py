@@ -144,17 +144,25 @@ class SparseContrast(nn.Module):
         """
         named = {"dense": 1.0, "sparse": self.config.keep}
         m = self.backbone.kept_cells(named[keep] if isinstance(keep, str) else keep)
-        dense = m == self.backbone.num_cells
-        if dense and not self.config.focus:
+        if m == self.backbone.num_cells and not self.config.focus:
             return Choice(None, None)
-        scores = self._masked(images, self._scores(images))
-        kept = None if dense else tokens.top_k(scores, m)
+        return self.choose_among(self.score(images)[1], m)
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of all cells, and the ranking by which they are kept (border and text last): [B, cells]."""
+        scores = self._scores(images)
+        return scores, self._masked(images, scores)
+
+    def choose_among(self, scores: Tensor, m: int) -> Choice:
+        """Choose the m highest cells of a ranking [B, cells]."""
+        kept = None if m == self.backbone.num_cells else tokens.top_k(scores, m)
         return Choice(kept, self._focus(scores, kept))
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Look:
         """Return scores and the cells kept at the configured share."""
-        scores = self._masked(images, self._scores(images))
+        scores = self.score(images)[1]
         return Look(
             scores, tokens.top_k(scores, self.backbone.kept_cells(self.config.keep)), self.backbone.grid
         )

@@ -86,6 +86,15 @@ class SparseCNN(nn.Module):
             raise MethodError(f"keep={keep}: must be in (0, 1], the share of the tiles that are computed")
         return max(1, round(keep * self.num_cells))
 
+    @property
+    def least_keep(self) -> float:
+        """The smallest share of the tiles: one of them."""
+        return 1 / self.num_cells
+
+    def share(self, m: int) -> float:
+        """Share of the tiles that m of them are; the overview is computed at any share."""
+        return m / self.num_cells
+
     def forward(self, images: Tensor, kept: Tensor | None = None, focus: Tensor | None = None) -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D], or [B, 2 D] with ``focus``.
 

@@ -59,6 +59,15 @@ class SparseViT(nn.Module):
         """Cells to keep fine for a share ``keep`` of all tokens (``Pyramid.kept_cells``)."""
         return self.pyramid.kept_cells(keep)
 
+    @property
+    def least_keep(self) -> float:
+        """The smallest share of the tokens: every cell coarse, at the highest level."""
+        return self.share(0)
+
+    def share(self, m: int) -> float:
+        """Share of all tokens that m fine cells leave to compute, in [``least_keep``, 1]."""
+        return sum(self.pyramid.token_counts(m)) / self.pyramid.sizes[0]
+
     def forward(self, images: Tensor, kept: Tensor | None = None, focus: Tensor | None = None) -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D], or [B, 2 D] with ``focus``.
 
