@@ -154,7 +154,8 @@ def contenders(cell: Cell, protocol: Protocol, device: torch.device) -> list[Con
     keeps, rivals, rival_keeps = protocol.keeps, TOKEN_RIVALS, protocol.rival_keeps
     few = cpu and (cell.model.size > 224 or not protocol.full)
     if few:
-        keeps, rivals = (0.5, 0.25), FEW_RIVALS
+        # a share that only higher levels of cells can reach
+        keeps, rivals = ((0.5, 0.25, 0.15) if cell.model.size > 224 else (0.5, 0.25)), FEW_RIVALS
     elif protocol.full and (not cpu or cell.model.backbone == "vit_tiny"):
         rival_keeps = (0.7, 0.5, 0.25)
     rivals = ("low_resolution",) if not vit else COMPILED_RIVALS if cell.compiled else rivals
