@@ -1,0 +1,69 @@
+"""Has the selection collapsed? Four numbers over held-out images, and when they are an alarm.
+
+A selector that has stopped to look keeps the same cells whatever the image shows, clings to the
+border of the film, or keeps burnt-in text; every loss may look healthy meanwhile. The numbers are
+sums over images: none of them tells anything of one patient.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+SAMENESS_ALARM = 0.8
+"""Trained with the centre prior a healthy scorer lies between .3 and .5 (chests are alike), without it
+near .1; a fixed choice is 1. Above .8 nine in ten kept cells are what every other image keeps too."""
+BORDER_ALARM = 1.25
+"""A choice by chance is 1, a healthy scorer with the centre prior below .5. No finding lies oftener on
+the rim of a chest film than by chance; on a grid of 7 x 7 nothing but rim would be 2."""
+EXCLUDED_ALARM = 0.02
+"""The mask puts black border and text last, so a whole choice has none: above rounding it is not at work."""
+FEW_IMAGES = 8
+"""N independent choices have a sameness of 1 / N already: below eight images nothing is said."""
+
+
+def collapse(kept: np.ndarray, excluded: np.ndarray, grid: tuple[int, int]) -> dict[str, float]:
+    """Measure how a selection over N images is spread.
+
+    With p_c the share of the images that keep cell c, n cells and m of them kept,
+
+        sameness = (sum_c p_c^2 / m - m / n) / (1 - m / n):
+
+    the overlap of two images drawn with replacement, 0 at that of independent uniform choices (1 / N
+    more for N images, each of which may meet itself), 1 where all images keep the same cells.
+
+    Args:
+        kept: boolean [N, cells], m true in every row, 0 < m < cells.
+        excluded: boolean [N, cells]: collimation border and burnt-in text.
+        grid: (rows, columns) of cells.
+
+    Returns:
+        ``sameness``; ``border_share``, the share of the kept cells in the outer ring of the grid over
+        that ring's share of the cells; ``excluded_share``, the share of the kept cells that are
+        excluded although another cell was left to keep; ``entropy`` of the kept cells' places in
+        [0, 1], 1 where every cell is kept equally often.
+    """
+    count, cells = kept.shape
+    m = int(kept[0].sum())
+    often = kept.mean(0)
+    even = m / cells
+    ring = np.ones(grid, dtype=bool)
+    ring[1:-1, 1:-1] = False
+    # an image that is black but for a few cells cannot do otherwise
+    forced = np.maximum(m - (~excluded).sum(1), 0)
+    places = often[often > 0] / m
+    return {
+        "sameness": float((np.square(often).sum() / m - even) / (1 - even)),
+        "border_share": float(often[ring.ravel()].sum() / m / ring.mean()),
+        "excluded_share": float(((kept & excluded).sum(1) - forced).sum() / (count * m)),
+        "entropy": float(-(places * np.log(places)).sum() / np.log(cells)),
+    }
+
+
+def alarms(measured: Mapping[str, float]) -> list[str]:
+    """Name what is wrong: sameness, border_share, excluded_share; nothing where all is well."""
+    bounds = {
+        "sameness": SAMENESS_ALARM,
+        "border_share": BORDER_ALARM,
+        "excluded_share": EXCLUDED_ALARM,
+    }
+    return [name for name, bound in bounds.items() if measured[name] > bound]
