@@ -74,7 +74,7 @@ def overlap(scene: Scene, scores: np.ndarray, excluded: np.ndarray, grid: tuple[
     kept = [kept_mask(cells, grid) for cells in top_k(torch.from_numpy(scores), m).numpy()]
     recall = np.concatenate([box_recall(k, b, size) for k, b in zip(kept, scene.boxes, strict=True)])
     ious = [iou(k, b, size) for k, b in zip(kept, scene.boxes, strict=True)]
-    spread = collapse(np.stack(kept).reshape(len(kept), -1), excluded, grid)
+    spread = collapse(np.stack(kept).reshape(len(kept), -1), scores, excluded, grid)
     return Overlap(recall, {"iou": float(np.mean(ious)), **spread})
 
 

@@ -127,6 +127,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "neighbours": findings.neighbour_table(evaluation),
         "selection": evaluation.get("selection"),
         "recall": findings.recall_table(evaluation),
+        "watch": findings.selection_words(evaluation),
         "budgets": [
             [findings.name_of(k), str(b["rounds"]), f"{b['images']:,}"]
             for k, b in evaluation["budgets"].items()
