@@ -29,7 +29,7 @@ from sparsecontrast.data.dataset import Dataset
 DATA = ("phantoms", "multisite")
 LUNGS = {"right_lung", "left_lung"}
 CELLS = (7, 12)  # of 49: a token budget of .35, and a quarter of the cells
-QUICK = Protocol(size=32, patch=4, depth=1, steps=20, batch=16, contrast_steps=2, contrast_batch=8)
+QUICK = Protocol(size=64, patch=8, depth=1, steps=20, batch=16, contrast_steps=2, contrast_batch=8)
 QUICK_CELLS = (2, 4)  # of 16
 
 
@@ -186,7 +186,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="outputs/localisation", help="folder of the decoded images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
-    parser.add_argument("--quick", action="store_true", help="phantoms of 32 pixels, two seeds, few steps")
+    parser.add_argument("--quick", action="store_true", help="phantoms of 64 pixels, two seeds, few steps")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args(argv)
     if args.quick:

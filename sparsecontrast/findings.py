@@ -22,14 +22,14 @@ NAMES = {
     "centralised": "all images in one place",
 }
 CALM = (
-    "The regions kept in full detail follow the image: over {images} held-out images their overlap is "
-    "{sameness} % of the way from chance to a fixed pattern (chests are alike, so some overlap is expected), "
-    "and they cling neither to the edge of the film nor to burnt-in text."
+    "The regions kept in full detail follow the image. One map for all {images} held-out images would "
+    "foretell {foretold} % of them beyond chance (chests are alike, so it foretells some), and they cling "
+    "neither to the edge of the film nor to burnt-in text."
 )
 ALARMS = {
-    "sameness": "Alarm: the model looks at the same places in every image, whatever the image shows (overlap "
-    "{sameness} % of the way from chance to a fixed pattern, over {images} held-out images). Its choice of "
-    "regions says nothing about a patient; do not use it to find anything.",
+    "foretold": "Alarm: the model looks at the same places whatever the image shows. One map for all "
+    "{images} held-out images foretells {foretold} % of its choice beyond chance, so the choice says nothing about a "
+    "patient; do not use it to find anything.",
     "border_share": "Alarm: the model looks at the edge of the film {border} times as often as chance would. "
     "No finding lies there; it has learnt how the film was made, not what it shows.",
     "excluded_share": "Alarm: {excluded_share} % of the regions kept in full detail are black border or "
@@ -259,7 +259,7 @@ def selection_words(evaluation: Mapping[str, Any]) -> tuple[list[str], str]:
     spread = (evaluation.get("selection") or {}).get("spread")
     if not spread:
         return [], ""
-    fill = {k: f"{100 * spread[k]:.0f}" for k in ("sameness", "excluded_share")}
+    fill = {k: f"{100 * spread[k]:.0f}" for k in ("foretold", "excluded_share")}
     fill |= {"border": f"{spread['border_share']:.1f}", "images": str(spread["n_images"])}
     said = [ALARMS[name].format(**fill) for name in spread["alarms"]]
     return said, "" if said else CALM.format(**fill)

@@ -104,7 +104,7 @@ class PerturbedTopK(nn.Module):
 def straight_through(scores: Tensor) -> Tensor:
     """Gates that are 1 and have the gradient of sigmoid(scores)."""
     gates = scores.sigmoid()
-    return 1 + gates - gates.detach()
+    return gates - gates.detach() + 1  # in this order exactly 1
 
 
 def contrast(encoder: StraightThrough | PerturbedTopK, config: MethodConfig) -> Contrast:
