@@ -28,8 +28,8 @@ CALM = (
 )
 ALARMS = {
     "foretold": "Alarm: the model looks at the same places whatever the image shows. One map for all "
-    "{images} held-out images foretells {foretold} % of its choice beyond chance, so the choice says nothing about a "
-    "patient; do not use it to find anything.",
+    "{images} held-out images foretells {foretold} % of its choice beyond chance, so the choice says nothing "
+    "about a patient; do not use it to find anything.",
     "border_share": "Alarm: the model looks at the edge of the film {border} times as often as chance would. "
     "No finding lies there; it has learnt how the film was made, not what it shows.",
     "excluded_share": "Alarm: {excluded_share} % of the regions kept in full detail are black border or "
