@@ -12,7 +12,8 @@ because a lung is no lesion. All films of patients with a real lesion box stay o
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,50 +39,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     torch.set_num_threads(1)
     protocol, budgets = (QUICK, QUICK_CELLS) if args.quick else (Protocol(), CELLS)
+    tallies = [Tally(*parts(load(args, protocol, data), data), protocol) for data in args.data]
     rows: list[dict[str, Any]] = []
-    for data in args.data:
-        rows += measure(load(args, protocol, data), data, args.seeds, protocol, budgets, _tell)
-        if args.json:  # what is done is kept should the rest not come to an end
-            write_result("localisation", _command(args), rows, args.json)
+    for number, seed in enumerate(args.seeds, 1):
+        for tally in tallies:
+            tally.add(seed, budgets)
+        rows = [row for tally in tallies for row in tally.rows()]
+        if args.json:  # whole seeds are kept should the rest not come to an end
+            write_result("localisation", _command(args, args.seeds[:number]), rows, args.json)
     for m in budgets:
         title = f"Recall over chance at {m} cells: mean over seeds, worst seed in brackets"
         print_table(title, _table([r for r in rows if r["m"] == m]))
 
 
-def measure(
-    dataset: Dataset, data: str, seeds: Sequence[int], protocol: Protocol, budgets: Sequence[int],
-    tell: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Return the rows of one data set.
+@dataclass
+class Tally:
+    """What the selectors of one data set were found to do, seed by seed.
 
-    Args:
-        dataset: with boxes.
-        data: its name in the rows.
-        seeds: of the selectors.
+    Attributes:
+        train: images that selectors learn on, uint8 [N, S, S].
+        scenes: boxed images that they are judged on.
         protocol: of their training.
-        budgets: numbers of cells to keep.
-        tell: is told of each trained selector.
+        judged: by scene, selector and number of kept cells, one a seed.
+        seconds: of each selector's training, one a seed.
     """
-    train, scenes = parts(dataset, data)
-    found: dict[tuple[str, str, int], list[Overlap]] = {}
-    seconds: dict[str, list[float]] = {}
-    for seed in seeds:
-        for name, selector, spent in selectors(Trial(train, protocol, seed)):
-            seconds.setdefault(name, []).append(round(spent, 1))
-            for scene in scenes:
-                scores, excluded = look(scene, selector, protocol.grid, protocol.size)
+
+    train: np.ndarray
+    scenes: list[Scene]
+    protocol: Protocol
+    judged: dict[tuple[str, str, int], list[Overlap]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, seed: int, budgets: Sequence[int]) -> None:
+        """Train all selectors from one seed and judge each at every number of kept cells."""
+        grid = self.protocol.grid
+        for name, selector, spent in selectors(Trial(self.train, self.protocol, seed)):
+            self.seconds.setdefault(name, []).append(round(spent, 1))
+            for scene in self.scenes:
+                scores, excluded = look(scene, selector, grid, self.protocol.size)
                 for m in budgets:
-                    judged = overlap(scene, scores, excluded, protocol.grid, m)
-                    found.setdefault((scene.name, name, m), []).append(judged)
-                bar = found[scene.name, name, budgets[0]][-1].recall.mean()
-                tell(f"{scene.name} seed {seed} {name}: mean recall {bar:.3f}, {spent:.0f} s")
-    named = {scene.name: scene for scene in scenes}
-    facts = {"trained_on_images": len(train), **_steps(protocol)}
-    return [
-        row
-        for (scene, name, m), judged in found.items()
-        for row in _rows(named[scene], name, m, judged, protocol, facts | {"train_seconds": seconds[name]})
-    ]
+                    one = overlap(scene, scores, excluded, grid, m)
+                    self.judged.setdefault((scene.name, name, m), []).append(one)
+                    told = f"{scene.name}, seed {seed}, {name}: recall {one.recall.mean():.3f} at {m} cells"
+                    print(told, flush=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a scene, selector, number of kept cells and group of boxes."""
+        named = {scene.name: scene for scene in self.scenes}
+        p = self.protocol
+        facts = {"trained_on_images": len(self.train), "steps": p.steps, "contrast_steps": p.contrast_steps}
+        return [
+            row
+            for (scene, name, m), judged in self.judged.items()
+            for row in _rows(named[scene], name, m, judged, p, facts | {"train_seconds": self.seconds[name]})
+        ]
 
 
 def parts(dataset: Dataset, data: str) -> tuple[np.ndarray, list[Scene]]:
@@ -153,10 +164,6 @@ def _pixels(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
     return np.array(dataset.images[np.flatnonzero(rows)])
 
 
-def _steps(protocol: Protocol) -> dict[str, int]:
-    return {"steps": protocol.steps, "contrast_steps": protocol.contrast_steps}
-
-
 def _table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line a data set and selector, one column a size of lesion; of lungs, one a lung."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
@@ -171,12 +178,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def _tell(line: str) -> None:
-    print(line, flush=True)
-
-
-def _command(args: argparse.Namespace) -> str:
-    seeds = " ".join(map(str, args.seeds))
+def _command(args: argparse.Namespace, done: Sequence[int]) -> str:
+    seeds = " ".join(map(str, done))
     return f"python -m benchmarks.localisation --seeds {seeds}{' --quick' if args.quick else ''}"
 
 
