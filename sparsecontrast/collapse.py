@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-FORETOLD_ALARM = 0.95
-"""A choice that follows one map for all images is 1, whatever their borders; a scorer that has learnt
-little beyond the centre prior stays below .9. Sameness itself raises no alarm: different borders make
-a fixed map look varied (.8), and on a grid of 4 x 4 the centre prior makes a healthy choice look fixed."""
+FORETOLD_ALARM = 0.9
+"""A choice that follows one map for all images is 1, whatever their borders. Trained scorers measured .42
+to .66 on grids of 4 x 4 and 7 x 7 (``benchmarks.localisation``), one of a dozen steps, which knows little
+beyond the centre prior, .84, perturbed top-k where it missed nine in ten small lesions .92. Sameness
+itself raises no alarm: different borders make a fixed map look varied, down to .8."""
 BORDER_ALARM = 1.25
-"""A choice by chance is 1, a healthy scorer with the centre prior below .5. No finding lies oftener on
-the rim of a chest film than by chance; on a grid of 7 x 7 nothing but rim would be 2."""
+"""A choice by chance is 1; trained scorers measured .07 to .7 with the centre prior and 1 without it, local
+energy 1.6, attention distilled from a teacher of few steps 2.0, nothing but rim on a grid of 7 x 7."""
 EXCLUDED_ALARM = 0.02
 """The mask puts black border and text last, so a whole choice has none: above rounding it is not at work."""
 FEW_IMAGES = 8
