@@ -27,7 +27,8 @@ from sparsecontrast.features import (
     presented_images,
     trained_round,
 )
-from sparsecontrast.overlays import selection_recall
+from sparsecontrast.methods.method import Method
+from sparsecontrast.overlays import selection_recall, selection_spread
 from sparsecontrast.progress import progress
 from sparsecontrast.runs import EVALUATION, PARTITION, STATE, Run, read_run, read_table
 from sparsecontrast.scoring import METRICS, Features, Scorer
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
 
 VERSION = 1
+LEARNED = ("surprise", "attention")  # values of ``selection`` that a collapse can befall
 
 
 def evaluate_run(
@@ -81,7 +83,7 @@ def evaluate_run(
         "tasks": [as_dict(vars(t)) for t in tasks], "bootstrap": evaluation.bootstrap,
         "budgets": {name: vars(b) for name, b in budgets.items()},
         "versions": versions(), "rows": rows, "differences": differences,
-        "selection": selection_recall(method, dataset, evaluation.bootstrap, run.config.seed),
+        "selection": _selection(run, method, dataset),
     }  # fmt: skip
     write_bytes(run.folder / EVALUATION, json.dumps(result, indent=1, allow_nan=False).encode())
     return result
@@ -130,6 +132,17 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
+
+
+def _selection(run: Run, method: Method, dataset: "Dataset") -> dict[str, Any] | None:
+    """What the choice of cells is worth: recall of boxes, and whether a learned choice has collapsed."""
+    config = run.config
+    found = selection_recall(method, dataset, config.evaluation.bootstrap, config.seed)
+    chooses = config.method.keep < 1 and config.method.selection in LEARNED
+    spread = selection_spread(method, dataset) if chooses else None
+    if found is None and spread is None:
+        return None
+    return {**(found or {}), **({"spread": spread} if spread else {})}
 
 
 def _feature_sets(

@@ -21,6 +21,20 @@ NAMES = {
     "local_only": "each hospital alone",
     "centralised": "all images in one place",
 }
+CALM = (
+    "The regions kept in full detail follow the image. One map for all {images} held-out images would "
+    "foretell {foretold} % of them beyond chance (chests are alike, so it foretells some), and they cling "
+    "neither to the edge of the film nor to burnt-in text."
+)
+ALARMS = {
+    "foretold": "Alarm: the model looks at the same places whatever the image shows. One map for all "
+    "{images} held-out images foretells {foretold} % of its choice beyond chance, so the choice says nothing "
+    "about a patient; do not use it to find anything.",
+    "border_share": "Alarm: the model looks at the edge of the film {border} times as often as chance would. "
+    "No finding lies there; it has learnt how the film was made, not what it shows.",
+    "excluded_share": "Alarm: {excluded_share} % of the regions kept in full detail are black border or "
+    "burnt-in text, which should never be kept while any of the patient is left.",
+}
 Row = Mapping[str, Any]
 
 
@@ -252,13 +266,27 @@ def neighbour_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
 
 
 def recall_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Share of the annotated boxes that the kept cells cover, by kind of box."""
-    found = evaluation.get("selection") or {"kinds": []}
+    """Share of the annotated boxes that the kept cells cover, by kind of box, then by size."""
+    found = evaluation.get("selection") or {}
     table = [["boxes", "number", "patients", "kept (95 % interval)"]]
-    for kind in found["kinds"]:
+    for kind in [*found.get("kinds", []), *found.get("sizes", [])]:
         share = f"{100 * kind['value']:.0f} % ({100 * kind['low']:.0f} to {100 * kind['high']:.0f})"
         table.append([kind["label"], str(kind["n_boxes"]), str(kind["n_patients"]), share])
     return table
+
+
+def selection_words(evaluation: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Say whether the choice of kept regions still follows the image: alarms, or one calm sentence.
+
+    Both are empty where nothing was measured: nothing is chosen, or nothing that was learned.
+    """
+    spread = (evaluation.get("selection") or {}).get("spread")
+    if not spread:
+        return [], ""
+    fill = {k: f"{100 * spread[k]:.0f}" for k in ("foretold", "excluded_share")}
+    fill |= {"border": f"{spread['border_share']:.1f}", "images": str(spread["n_images"])}
+    said = [ALARMS[name].format(**fill) for name in spread["alarms"]]
+    return said, "" if said else CALM.format(**fill)
 
 
 def label_table(evaluation: Mapping[str, Any], question: Question) -> list[list[str]]:

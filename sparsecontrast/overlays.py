@@ -7,14 +7,16 @@ the share that cells kept at random would cover.
 import base64
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from sparsecontrast.collapse import FEW_IMAGES, alarms, collapse
 from sparsecontrast.data.transforms import evaluation_view
+from sparsecontrast.models.saliency import excluded_cells
 
 if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 SIDE = 224  # pixels of one panel
 BATCH = 64
 DIM = 0.55  # brightness of what is not kept
+SIZES = (
+    ("under half a cell", 0.5),
+    ("half a cell to 2 cells", 2.0),
+    ("2 to 8 cells", 8.0),
+    ("8 cells and more", float("inf")),
+)  # of a box's area, each below its number
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,33 @@ def overlays(method: Any, dataset: "Dataset", count: int, seed: int) -> list[Ove
 def look(method: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Return scores [N, cells], kept cells [N, m] and the grid, for uint8 images [N, S, S]."""
     scores, kept, grid = [], [], (1, 1)
-    for start in range(0, len(images), BATCH):
-        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))
+    for view in _views(method, images):
         with torch.no_grad():
-            seen = method.look(evaluation_view(batch, method.backbone.img_size))
+            seen = method.look(view)
         scores.append(seen.scores.float().cpu().numpy())
         kept.append(seen.kept.cpu().numpy())
         grid = seen.grid
     return np.concatenate(scores), np.concatenate(kept), grid
+
+
+def selection_spread(method: Any, dataset: "Dataset") -> Mapping[str, Any] | None:
+    """Measure whether the choice of cells has collapsed, over all held-out images.
+
+    Returns:
+        What ``collapse.collapse`` says, ``n_images``, and ``alarms``; None where all or no cells are
+        kept, or the images are too few to say.
+    """
+    rows = _held_out(dataset)
+    if len(rows) < FEW_IMAGES:
+        return None
+    images = dataset.images[rows]
+    scores, kept, grid = look(method, images)
+    if not 0 < kept.shape[1] < grid[0] * grid[1]:
+        return None
+    excluded = torch.cat([excluded_cells(view, grid).cpu() for view in _views(method, images)])
+    masks = np.stack([kept_mask(cells, grid).ravel() for cells in kept])
+    measured = collapse(masks, scores, excluded.numpy(), grid)
+    return {**measured, "n_images": len(rows), "alarms": alarms(measured)}
 
 
 def kept_mask(kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -96,11 +123,11 @@ def box_recall(mask: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
 
 
 def selection_recall(method: Any, dataset: "Dataset", replicates: int, seed: int) -> Mapping[str, Any] | None:
-    """Mean ``box_recall`` of the held-out images for each kind of box, with intervals over patients.
+    """Mean ``box_recall`` of the held-out images by kind and by size, with intervals over patients.
 
     Returns:
-        ``chance`` (the share of cells kept), ``n_images`` and ``kinds``: label, value, low, high, n_boxes,
-        n_patients of each. None without an annotated image.
+        ``chance`` (the share of cells kept), ``n_images``, ``kinds`` and ``sizes``: label, value, low,
+        high, n_boxes, n_patients of each. None without an annotated image.
     """
     import pandas as pd
 
@@ -109,13 +136,28 @@ def selection_recall(method: Any, dataset: "Dataset", replicates: int, seed: int
         return None
     _, kept, grid = look(method, dataset.images[rows])
     patients = pd.factorize(dataset.frame["patient_id"].iloc[rows])[0]
-    shares: dict[str, list[tuple[int, float]]] = {}
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    sizes: dict[str, list[tuple[int, float]]] = {name: [] for name, _ in SIZES}
+    side = dataset.images.shape[1]
     for cells, row, patient in zip(kept, rows, patients.tolist(), strict=True):
-        found = box_recall(kept_mask(cells, grid), dataset.boxes[row], dataset.images.shape[1])
-        for label, share in zip(dataset.box_labels[row], found.tolist(), strict=True):
-            shares.setdefault(label, []).append((patient, share))
-    kinds = [{"label": n, **_mean_share(shares[n], replicates, seed)} for n in sorted(shares)]
-    return {"chance": kept.shape[1] / (grid[0] * grid[1]), "n_images": len(rows), "kinds": kinds}
+        boxes = dataset.boxes[row]
+        found = box_recall(kept_mask(cells, grid), boxes, side)
+        areas = boxes[:, 2] * boxes[:, 3] * (grid[0] * grid[1] / side**2)
+        for label, area, share in zip(dataset.box_labels[row], areas, found.tolist(), strict=True):
+            kinds.setdefault(label, []).append((patient, share))
+            sizes[next(name for name, below in SIZES if area < below)].append((patient, share))
+    return {
+        "chance": kept.shape[1] / (grid[0] * grid[1]), "n_images": len(rows),
+        "kinds": [{"label": n, **_mean_share(kinds[n], replicates, seed)} for n in sorted(kinds)],
+        "sizes": [{"label": n, **_mean_share(v, replicates, seed)} for n, v in sizes.items() if v],
+    }  # fmt: skip
+
+
+def _views(method: Any, images: np.ndarray) -> Iterator[torch.Tensor]:
+    """Evaluation views of uint8 images [N, S, S], a batch at a time."""
+    for start in range(0, len(images), BATCH):
+        batch = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))
+        yield evaluation_view(batch, method.backbone.img_size)
 
 
 def _mean_share(shares: Sequence[tuple[int, float]], replicates: int, seed: int) -> dict[str, float | int]:

@@ -128,6 +128,7 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "auto": {"sentence": findings.auto_sentence(evaluation), "chart": _auto_chart(evaluation)},
         "selection": evaluation.get("selection"),
         "recall": findings.recall_table(evaluation),
+        "watch": findings.selection_words(evaluation),
         "budgets": [
             [findings.name_of(k), str(b["rounds"]), f"{b['images']:,}"]
             for k, b in evaluation["budgets"].items()

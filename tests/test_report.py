@@ -18,7 +18,7 @@ from sparsecontrast.checkpoint import read_round
 from sparsecontrast.errors import MissingDataError
 from sparsecontrast.evaluation import evaluate_run, run_dataset
 from sparsecontrast.features import load_method
-from sparsecontrast.overlays import box_recall, kept_mask, look, overlays, selection_recall
+from sparsecontrast.overlays import box_recall, kept_mask, look, overlays, selection_recall, selection_spread
 from sparsecontrast.report import write_report
 from sparsecontrast.runs import read_metrics, read_run
 from tests.tiny import make_run, say_federated
@@ -259,9 +259,40 @@ def test_selection_recall_is_one_when_everything_is_kept_and_knows_its_chance(tr
             return Look(torch.zeros(kept.shape), torch.from_numpy(kept), self.backbone.grid)
 
     found = selection_recall(Everything(), dataset, 20, 0)
-    assert found["chance"] == 1 and all(k["value"] == pytest.approx(1, abs=1e-5) for k in found["kinds"])
+    rows = [*found["kinds"], *found["sizes"]]
+    assert found["chance"] == 1 and all(k["value"] == pytest.approx(1, abs=1e-5) for k in rows)
+    assert sum(k["n_boxes"] for k in found["kinds"]) == sum(k["n_boxes"] for k in found["sizes"])
+    assert selection_spread(Everything(), dataset) is None
     real = selection_recall(load_method(opened.config, read_round(trained, 2).tensors), dataset, 20, 0)
     assert real["chance"] < 1 and all(0 <= k["low"] <= k["value"] <= k["high"] <= 1 for k in real["kinds"])
+
+
+def test_a_healthy_choice_is_said_calmly(run):
+    page = Page(read(run))
+    assert "The regions kept in full detail follow the image" in page.text and "Alarm:" not in page.text
+    assert "half a cell to 2 cells" in page.text and 'class="warn alarm"' not in read(run)
+
+
+def test_a_choice_that_ignores_the_image_raises_the_alarm(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", "selection=attention")
+
+    def collapsed(config, tensors):
+        # what follows the dead convolution sees its bias and the padding: one map for all images
+        return load_method(config, {k: v * (k != "saliency.conv1.weight") for k, v in tensors.items()})
+
+    monkeypatch.setattr("sparsecontrast.evaluation.load_method", collapsed)
+    spread = evaluate_run(folder, show=False)["selection"]["spread"]
+    assert spread["foretold"] == 1 and "foretold" in spread["alarms"]
+    text = read(folder)
+    assert 'class="warn alarm"' in text and "same places whatever the image shows" in Page(text).text
+    assert "follow the image" not in text
+
+
+def test_a_choice_that_is_not_learned_is_not_judged(tmp_path):
+    folder = make_run(tmp_path / "run", "selection=centre", "data.phantom.patients_per_site=12")
+    selection = evaluate_run(folder, show=False)["selection"]
+    assert "spread" not in selection and selection["kinds"]
+    assert "Alarm:" not in read(folder) and "follow the image" not in read(folder)
 
 
 def numbers(svg, tag, key):
