@@ -122,8 +122,12 @@ class SparseContrast(nn.Module):
         return [name for name in self.state_dict() if name.startswith(SHARED)]
 
     def metrics(self) -> dict[str, float]:
-        """Scalars of the last step: contrast, its chance level, kept share, scorer terms."""
-        return {"keep": self.keep, **{k: float(v) for k, v in self._last.items()}}
+        """Scalars of the last step: contrast, its chance level, kept share, the scorer's terms.
+
+        ``loss`` is the contrast alone, which chance can be held against; the scorer's own term has a name.
+        """
+        told = {name: float(value) for name, value in self._last.items()}
+        return {"keep": self.keep, **told, **({"loss": told["contrast"]} if told else {})}
 
     @property
     def embed_dim(self) -> int:
