@@ -7,8 +7,9 @@ set, selector, budget of m cells and group of boxes. ``recall`` is the mean shar
 lies in kept cells, ``over_chance`` the same over m / cells, what cells kept at random would cover;
 both hold one value a seed. The bar: on every seed, lesions of two patches and more (a patch is 8 x 8
 of 112 x 112 pixels) are kept at least twice as often as chance, ``worst_seed`` >= 2. Boxes are
-those of procedural phantoms, and of the real films: masses and nodules; lungs are reported apart,
-because a lung is no lesion. All films of patients with a real lesion box stay out of training.
+those of procedural phantoms, and of 19 real films: masses and nodules, drawn by others than NIH but for
+a few. Lungs are reported apart, because a lung is no lesion. All films of patients with a real lesion
+box stay out of training.
 """
 
 import argparse

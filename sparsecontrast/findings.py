@@ -31,7 +31,7 @@ ALARMS = {
     "{images} held-out images foretells {foretold} % of its choice beyond chance, so the choice says nothing "
     "about a patient; do not use it to find anything.",
     "border_share": "Alarm: the model looks at the edge of the film {border} times as often as chance would. "
-    "No finding lies there; it has learnt how the film was made, not what it shows.",
+    "Few findings lie there: it has probably learnt how the film was made, not what it shows.",
     "excluded_share": "Alarm: {excluded_share} % of the regions kept in full detail are black border or "
     "burnt-in text, which should never be kept while any of the patient is left.",
 }
