@@ -4,6 +4,7 @@ Configurations are read from ``configs/`` with PyYAML alone, so that a machine w
 little else can run this. Weights are those of a fresh start: no figure depends on them.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from sparsecontrast.config import CONFIG_DIR, BackboneConfig, Config, MethodConf
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
+from sparsecontrast.precision import prepare
 from sparsecontrast.structure import build
 
 OURS = "sparse_contrast"
@@ -70,7 +72,8 @@ class Workload:
 
     Attributes:
         module: gives the loss of each row of a ``Batch``.
-        encode: images [B, 1, H, W] -> embedding [B, D], everything included that selection needs.
+        network: name of the part of ``module`` that embeds.
+        encode: module and images [B, 1, H, W] -> embedding [B, D], with everything that selection needs.
         after_step: what follows an optimizer step.
         cycle: steps from one teacher pass to the next; 1 where all steps are equal.
         precision: fp32, or bf16 by autocast.
@@ -79,12 +82,14 @@ class Workload:
     """
 
     module: nn.Module
-    encode: Callable[[Tensor], Tensor]
+    network: str
+    encode: Callable[[Any, Tensor], Tensor]
     after_step: Callable[[], None]
     cycle: int
     precision: str
     device: torch.device
     optimizer: torch.optim.Optimizer = field(init=False)
+    frozen: nn.Module | None = field(init=False, default=None)
 
     def __post_init__(self):
         trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -107,10 +112,22 @@ class Workload:
         self.after_step()
 
     def infer(self, images: Tensor) -> Tensor:
-        """Embed images as inference does."""
+        """Embed images as inference does: with weights that were cast once, not at each call."""
         self.module.eval()
-        with torch.no_grad(), self._autocast():
-            return self.encode(images)
+        if self.frozen is None:
+            self.frozen = self._freeze()
+        with torch.no_grad():
+            return self.encode(self.frozen, images)
+
+    def _freeze(self) -> nn.Module:
+        """The module with its network in the precision of the contender, its weights those of now."""
+        if self.precision == "fp32":
+            return self.module
+        frozen = copy.copy(self.module)
+        frozen._modules = dict(self.module._modules)
+        network = prepare(getattr(self.module, self.network), "bf16", self.device.type)
+        setattr(frozen, self.network, network)
+        return frozen
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -197,7 +214,7 @@ def _ours(
     module = build_method(run).to(device)
     module.keep = contender.keep
     return Workload(
-        module, lambda images: module.encode(images, contender.keep), module.after_step,
+        module, "backbone", lambda m, images: m.encode(images, contender.keep), module.after_step,
         1 if module.teacher is None else method.distill_every, contender.precision, device,
     )  # fmt: skip
 
@@ -215,7 +232,9 @@ def _rival(
             size = equal_cost_size(size, STEP, contender.keep)
         encoder, dim = Encoder(network, lambda net, x: low_resolution(net, x, size)), network.num_features
     module = Contrast(encoder, dim, method).to(device)
-    return Workload(module, encoder, _nothing, 1, contender.precision, device)
+    return Workload(
+        module, "encoder", lambda m, images: m.encoder(images), _nothing, 1, contender.precision, device
+    )
 
 
 def _vit_encoder(contender: Contender, sparse: SparseViT, seed: int) -> Encoder:

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.films import load_films
 from benchmarks.overlap import Overlap, Scene, look, overlap
 from benchmarks.record import print_table, write_result
 from benchmarks.selectors import Protocol, Trial, selectors
-from sparsecontrast.config import compose
-from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.data.dataset import Dataset
 
 DATA = ("phantoms", "multisite")
@@ -112,15 +111,8 @@ def parts(dataset: Dataset, data: str) -> tuple[np.ndarray, list[Scene]]:
 
 def load(args: argparse.Namespace, protocol: Protocol, data: str) -> Dataset:
     """Load the images of one data set; the phantoms do not depend on the seed."""
-    own = [f"backbone.img_size={protocol.size}", f"backbone.patch_size={protocol.patch}"]
-    if data == "phantoms":
-        patients = 12 if args.quick else 200
-        own += [f"data.phantom.patients_per_site={patients}", "data.phantom.images_per_patient=1",
-                "data.val_fraction=0.1", "data.test_fraction=0.4"]  # fmt: skip
-    else:
-        own += ["experiment=multisite_cxr", f"data.root={Path(args.root).resolve()}"]
-    out = Path(args.out).resolve()
-    return load_dataset(compose(own), out / "cache", out / "state", progress=False)
+    patients = 12 if args.quick else 200
+    return load_films(data, protocol.size, protocol.patch, patients, args.root, args.out)
 
 
 def _scene(dataset: Dataset, name: str, rows: np.ndarray, lungs: bool) -> Scene:

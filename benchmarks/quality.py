@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from benchmarks import quality_arms as qa
+from benchmarks.films import load_films
 from benchmarks.record import print_table, write_result
 from sparsecontrast import probes
 from sparsecontrast.config import compose
-from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.data.dataset import Dataset
 from sparsecontrast.scoring import Cell, Features, Scorer
 from sparsecontrast.tasks import make_table, parse_tasks
@@ -69,16 +69,9 @@ def train_one(args: argparse.Namespace, protocol: qa.Protocol, data: str, seed: 
 
 
 def dataset(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> Dataset:
-    """Load the images of one data set."""
-    own = [f"backbone.img_size={protocol.size}", f"backbone.patch_size={protocol.patch}"]
-    if data == "phantoms":
-        patients = 12 if args.quick else 400
-        own += [f"data.phantom.patients_per_site={patients}", "data.phantom.images_per_patient=1",
-                "data.val_fraction=0.1", "data.test_fraction=0.4"]  # fmt: skip
-    else:
-        own += ["experiment=multisite_cxr", f"data.root={Path(args.root).resolve()}"]
-    out = Path(args.out).resolve()
-    return load_dataset(compose(own), out / "cache", out / "state", progress=False)
+    """Load the images of one data set; the phantoms do not depend on the seed."""
+    patients = 12 if args.quick else 400
+    return load_films(data, protocol.size, protocol.patch, patients, args.root, args.out)
 
 
 def score(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> list[dict[str, Any]]:

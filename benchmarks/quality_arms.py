@@ -166,7 +166,7 @@ def encode(arm: Arm, work: Workload, images: np.ndarray, protocol: Protocol, mod
 
 def _encoder(arm: Arm, work: Workload, mode: str) -> Callable[[Tensor], Tensor]:
     if mode == "own":
-        return work.encode
+        return lambda x: work.encode(work.module, x)
     if arm.contender.method == OURS:
         return lambda x: work.module.encode(x, "dense")  # type: ignore[operator]
     network: Any = work.module.encoder.network  # type: ignore[union-attr]

@@ -43,9 +43,9 @@ from sparsecontrast.errors import MethodError
 NAMES = {"tiny": "vit_tiny", "small": "vit_small", "base": "vit_base"}
 MODELS = ("tiny", "small", "convnext_atto", "convnext_tiny", "resnet18", "resnet50")
 LIGHT = ("vit_tiny", "convnext_atto")  # twice the images a step on a CPU
-BATCH = {"cpu": {224: 2, 384: 2, 512: 2}, "cuda": {224: 256, 384: 64, 512: 16}}
+BATCH = {"cpu": {224: 8, 384: 4, 512: 4}, "cuda": {224: 256, 384: 64, 512: 16}}
 PRECISIONS = ("fp32", "bf16")
-KEEPS = (1.0, 0.7, 0.5, 0.35, 0.25)
+KEEPS = (1.0, 0.7, 0.5, 0.35, 0.3, 0.25)
 TOKEN_RIVALS = ("evit", "evit_one_stage", "dynamic_vit", "tome", "random_drop", "low_resolution")
 FEW_RIVALS = ("evit", "tome", "random_drop", "low_resolution")
 COMPILED_RIVALS = ("random_drop", "low_resolution")

@@ -131,7 +131,7 @@ def test_saved_bytes_are_those_of_the_graph():
         def forward(self, batch):
             return self.linear(batch.first.flatten(1)[:, :8].clone()).flatten()
 
-    work = Workload(Toy(), lambda x: x, lambda: None, 1, "fp32", CPU)
+    work = Workload(Toy(), "network", lambda _, x: x, lambda: None, 1, "fp32", CPU)
     # input [5, 8], GELU's input [5, 4] and output [5, 4]; no weight counts
     assert memory.step_saved(work, random_batch(8, 5, CPU, 0)) == 4 * 5 * (8 + 4 + 4)
 
@@ -217,6 +217,20 @@ def test_large_images_get_fewer_lines_on_a_cpu_only():
     on_cpu, on_gpu = (
         sparsity.contenders(cell, sparsity.Protocol(), torch.device(d)) for d in ("cpu", "cuda")
     )
-    assert {c.keep for c in on_cpu if c.method == OURS} == {0.5, 0.25}
+    assert {c.keep for c in on_cpu if c.method == OURS} == {0.5, 0.25, 0.15}
     assert {c.keep for c in on_gpu if c.method == OURS} == set(sparsity.KEEPS)
     assert len(set(on_gpu)) == len(on_gpu) > len(on_cpu)
+
+
+@pytest.mark.parametrize("method", [OURS, "dense", "evit"])
+def test_inference_in_bf16_is_that_of_weights_cast_once(method):
+    work = build_workload(Contender(method, 0.5, "bf16"), MODEL, CPU)
+    images = random_batch(32, 2, CPU, 0).first
+    got = work.infer(images)
+    network = getattr(work.frozen, work.network)
+    assert {m.weight.dtype for m in network.modules() if type(m) is torch.nn.Linear} == {torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in work.module.parameters())
+    with torch.no_grad():
+        exact = work.encode(work.module, images)
+    assert not torch.equal(got, exact)
+    torch.testing.assert_close(got.float(), exact, atol=0.05, rtol=0.05)
