@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sparsecontrast.looked import auto_sentence
 from sparsecontrast.scoring import MACRO, METRICS, POOLED
 
 LINEAR, KNN = METRICS
@@ -20,20 +21,6 @@ NAMES = {
     "random_init": "untrained network",
     "local_only": "each hospital alone",
     "centralised": "all images in one place",
-}
-CALM = (
-    "The regions kept in full detail follow the image. One map for all {images} held-out images would "
-    "foretell {foretold} % of them beyond chance (chests are alike, so it foretells some), and they cling "
-    "neither to the edge of the film nor to burnt-in text."
-)
-ALARMS = {
-    "foretold": "Alarm: the model looks at the same places whatever the image shows. One map for all "
-    "{images} held-out images foretells {foretold} % of its choice beyond chance, so the choice says nothing "
-    "about a patient; do not use it to find anything.",
-    "border_share": "Alarm: the model looks at the edge of the film {border} times as often as chance would. "
-    "Few findings lie there: it has probably learnt how the film was made, not what it shows.",
-    "excluded_share": "Alarm: {excluded_share} % of the regions kept in full detail are black border or "
-    "burnt-in text, which should never be kept while any of the patient is left.",
 }
 Row = Mapping[str, Any]
 
@@ -182,23 +169,6 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def auto_sentence(evaluation: Mapping[str, Any]) -> str:
-    """Say what ``keep=auto`` computed of the run's images and promised; empty where it was not asked."""
-    auto = (evaluation.get("auto_keep") or {}).get(evaluation["trained"])
-    if auto is None:
-        return ""
-    if auto["threshold"] is None:
-        return f"All tokens of every image were computed, because {auto['reason']}."
-    risk, off = 100 * (1 - auto["confidence"]), f"by more than a cosine distance of {auto['tolerance']:g}"
-    return (
-        f"{100 * auto['mean_share']:.0f} % of the tokens were computed on average, of each image as few as "
-        f"it needs. Calibrated on {auto['patients']} other patients: averaged over such calibrations, at "
-        f"most {risk:.3g} % of the images of new patients like them differ from the dense embedding {off}. "
-        f"Measured here: {100 * auto['risk']:.1f} % on {auto['scored_patients']} held-out patients (standard "
-        f"error {100 * auto['risk_error']:.1f})."
-    )
-
-
 def print_results(evaluation: Mapping[str, Any]) -> None:
     """Print the headline tables to stdout."""
     from rich.box import SIMPLE_HEAD
@@ -263,30 +233,6 @@ def neighbour_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
         cells = {r["features"]: r for r in rows}
         table.append([question.title, *(figure(cells.get(n)) for n in names)])
     return table
-
-
-def recall_table(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Share of the annotated boxes that the kept cells cover, by kind of box, then by size."""
-    found = evaluation.get("selection") or {}
-    table = [["boxes", "number", "patients", "kept (95 % interval)"]]
-    for kind in [*found.get("kinds", []), *found.get("sizes", [])]:
-        share = f"{100 * kind['value']:.0f} % ({100 * kind['low']:.0f} to {100 * kind['high']:.0f})"
-        table.append([kind["label"], str(kind["n_boxes"]), str(kind["n_patients"]), share])
-    return table
-
-
-def selection_words(evaluation: Mapping[str, Any]) -> tuple[list[str], str]:
-    """Say whether the choice of kept regions still follows the image: alarms, or one calm sentence.
-
-    Both are empty where nothing was measured: nothing is chosen, or nothing that was learned.
-    """
-    spread = (evaluation.get("selection") or {}).get("spread")
-    if not spread:
-        return [], ""
-    fill = {k: f"{100 * spread[k]:.0f}" for k in ("foretold", "excluded_share")}
-    fill |= {"border": f"{spread['border_share']:.1f}", "images": str(spread["n_images"])}
-    said = [ALARMS[name].format(**fill) for name in spread["alarms"]]
-    return said, "" if said else CALM.format(**fill)
 
 
 def label_table(evaluation: Mapping[str, Any], question: Question) -> list[list[str]]:

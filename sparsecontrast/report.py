@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast import findings, record
+from sparsecontrast import findings, looked, record
 from sparsecontrast.charts import Dot, Line, dot_chart, line_chart
 from sparsecontrast.checkpoint import latest, read_round
 from sparsecontrast.durable import write_bytes
@@ -125,10 +125,10 @@ def _results(evaluation: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "notes": findings.notes(evaluation),
         "blocks": blocks,
         "neighbours": findings.neighbour_table(evaluation),
-        "auto": {"sentence": findings.auto_sentence(evaluation), "chart": _auto_chart(evaluation)},
+        "auto": {"sentence": looked.auto_sentence(evaluation), "chart": _auto_chart(evaluation)},
         "selection": evaluation.get("selection"),
-        "recall": findings.recall_table(evaluation),
-        "watch": findings.selection_words(evaluation),
+        "recall": looked.recall_table(evaluation),
+        "watch": looked.selection_words(evaluation),
         "budgets": [
             [findings.name_of(k), str(b["rounds"]), f"{b['images']:,}"]
             for k, b in evaluation["budgets"].items()

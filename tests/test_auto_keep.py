@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecontrast import auto_encode, findings
+from sparsecontrast import auto_encode, looked
 from sparsecontrast.auto_encode import encode_auto, make_reader
 from sparsecontrast.auto_keep import calibrate, failures, patient_weights, rungs_for, uncovered_mass
 from sparsecontrast.checkpoint import read_round
@@ -224,7 +224,7 @@ def test_what_cannot_be_proven_is_dense_to_the_bit_and_gives_the_reason(run):
     assert found["threshold"] is None and found["mean_share"] == 1 and found["risk"] == 0
     assert "where the confidence of 0.99 needs 99" in found["reason"]
     assert result["rows"] == evaluate_run(run, ["evaluation.baselines=[pixels]"], show=False)["rows"]
-    sentence = findings.auto_sentence(result)
+    sentence = looked.auto_sentence(result)
     assert sentence.startswith("All tokens of every image were computed, because ")
     evaluate_run(run, words, show=False)
     assert sentence in write_report(run, show=False).read_text()
@@ -232,9 +232,9 @@ def test_what_cannot_be_proven_is_dense_to_the_bit_and_gives_the_reason(run):
 
 def test_a_fixed_share_says_nothing_of_auto(run):
     result = evaluate_run(run, ["evaluation.baselines=[]"], show=False)
-    assert result["auto_keep"] == {} and findings.auto_sentence(result) == ""
+    assert result["auto_keep"] == {} and looked.auto_sentence(result) == ""
     del result["auto_keep"]  # as written before there was auto
-    assert findings.auto_sentence(result) == ""
+    assert looked.auto_sentence(result) == ""
 
 
 def test_without_a_test_split_none_is_left_to_calibrate_on(run):

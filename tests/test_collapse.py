@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sparsecontrast import findings
+from sparsecontrast import looked
 from sparsecontrast.collapse import alarms, collapse
 
 GRID = (7, 7)
@@ -83,8 +83,8 @@ def test_an_image_that_is_nearly_all_black_is_no_alarm():
 @pytest.mark.parametrize("name", ["foretold", "border_share", "excluded_share"])
 def test_every_alarm_has_words_and_silence_is_calm(name):
     spread = {"foretold": 0.97, "border_share": 1.62, "excluded_share": 0.3, "n_images": 40}
-    (said,), calm = findings.selection_words({"selection": {"spread": {**spread, "alarms": [name]}}})
+    (said,), calm = looked.selection_words({"selection": {"spread": {**spread, "alarms": [name]}}})
     assert said.startswith("Alarm: ") and "{" not in said and calm == ""
-    said, calm = findings.selection_words({"selection": {"spread": {**spread, "alarms": []}}})
+    said, calm = looked.selection_words({"selection": {"spread": {**spread, "alarms": []}}})
     assert said == [] and "40 held-out images" in calm
-    assert findings.selection_words({"selection": None}) == findings.selection_words({}) == ([], "")
+    assert looked.selection_words({"selection": None}) == looked.selection_words({}) == ([], "")
