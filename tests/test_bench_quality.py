@@ -1,0 +1,79 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import quality
+from benchmarks import quality_arms as qa
+
+TINY = quality.QUICK
+ARMS = qa.arms(TINY)
+
+
+def films(n=12):
+    return np.random.Generator(np.random.PCG64(0)).integers(0, 256, (n, 32, 32), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_every_arm_trains_and_answers_in_each_of_its_modes(name):
+    trained = qa.train_arm(ARMS[name], TINY, films(), np.arange(8), 0, 1e-6)
+    assert set(trained.features) == set(ARMS[name].modes)
+    assert all(f.shape[0] == 12 and np.isfinite(f).all() for f in trained.features.values())
+    assert trained.facts["steps"] == (TINY.steps if ARMS[name].steps else 1)
+    assert trained.facts["chance_loss"] == pytest.approx(math.log(8))
+    if len(trained.features) == 2:
+        assert not np.allclose(trained.features["own"], trained.features["dense"])
+
+
+def test_a_seed_gives_the_same_features_and_another_one_others(tmp_path):
+    one, two, other = (
+        qa.train_arm(ARMS["ours"], TINY, films(), np.arange(8), seed, None).features["own"]
+        for seed in (0, 0, 1)
+    )
+    assert np.array_equal(one, two) and not np.allclose(one, other)
+
+
+def test_arms_of_a_seed_start_from_equal_weights():
+    dense, ours = (qa.build_arm(ARMS[name], TINY, 3).module for name in ("dense", "ours"))
+    for name, value in dense.encoder.network.state_dict().items():
+        assert torch.equal(value, ours.backbone.vit.state_dict()[name]), name
+
+
+def test_no_low_resolution_rival_computes_fewer_tokens_than_ours():
+    protocol = qa.Protocol()
+    side = protocol.size // protocol.patch
+    rival = qa.arms(protocol)["low_resolution"].contender.keep * side**2
+    work = qa.build_arm(qa.arms(protocol)["ours"], protocol, 0)
+    m = work.module.backbone.kept_cells(protocol.keep)
+    assert rival >= work.module.backbone.share(m) * side**2
+
+
+def test_what_is_kept_is_read_again(tmp_path):
+    trained = qa.train_arm(ARMS["dense"], TINY, films(), np.arange(8), 0, None)
+    qa.save(trained, tmp_path / "a" / "dense.npz")
+    found = qa.load(tmp_path / "a" / "dense.npz")
+    assert found.facts == trained.facts
+    np.testing.assert_allclose(found.features["own"], trained.features["own"], atol=2e-3)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["dense.npz"]
+
+
+def test_the_table_pairs_every_arm_with_dense(tmp_path):
+    words = ["--quick", "--out", str(tmp_path), "--arms", "dense", "ours"]
+    args = quality._arguments(words)
+    for job in quality._jobs(args, TINY):
+        quality.train_one(args, TINY, *job)
+    rows = quality.score(args, TINY, "phantoms")
+    macro = {r["arm"]: r for r in rows if r["label"] == "macro"}
+    assert set(macro) == {"dense", "ours", "ours, asked dense", "random_init", "pixels_16x16"}
+    assert macro["dense"]["minus_dense"] == macro["dense"]["seeds_low"] == 0
+    ours, dense = macro["ours"], macro["dense"]
+    assert ours["minus_dense"] == pytest.approx(np.mean(ours["seeds"]) - np.mean(dense["seeds"]), abs=2e-4)
+    assert len(ours["seeds"]) == 2 and ours["seeds_low"] <= ours["minus_dense"] <= ours["seeds_high"]
+    assert "minus_dense" not in macro["pixels_16x16"]  # one model for all seeds
+
+
+def test_interval_of_students_t():
+    low, high = quality._t_interval([0.01, 0.02, 0.03, 0.02, 0.02])
+    assert (low, high) == pytest.approx((0.02 - 0.00878, 0.02 + 0.00878), abs=1e-5)
+    assert quality._t_interval([0.1]) == (None, None)
