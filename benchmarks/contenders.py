@@ -126,6 +126,8 @@ class Workload:
         frozen = copy.copy(self.module)
         frozen._modules = dict(self.module._modules)
         network = prepare(getattr(self.module, self.network), "bf16", self.device.type)
+        if getattr(self.module, self.network)._compiled_call_impl is not None:  # the copy is not compiled
+            network.compile(dynamic=False)
         setattr(frozen, self.network, network)
         return frozen
 

@@ -128,7 +128,8 @@ def train_arm(
         optimizer.step()
         work.after_step()
         spent += _clock() - start
-        losses.append(float(loss.detach()))
+        metrics = getattr(work.module, "metrics", dict)()
+        losses.append(metrics.get("loss", float(loss.detach())))  # the contrast alone
         step += 1
     facts = {
         "steps": total, "train_seconds": spent, "loss": float(np.mean(losses[-20:])),
@@ -181,9 +182,9 @@ def _batch(
     pixels = torch.from_numpy(np.array(images[drawn]))
     views = two_views(pixels, generator, protocol.size, Augmentation(area=(0.6, 1.0), degrees=7.0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Batch(
-        views.first.to(device), views.second.to(device), torch.arange(size).to(device), generator, step
-    )
+    # draws of the method's own must not shift the batches and views of the steps to come
+    own = torch.Generator().manual_seed(derive_seed(generator.initial_seed(), "method", step))
+    return Batch(views.first.to(device), views.second.to(device), torch.arange(size).to(device), own, step)
 
 
 def _steps_in(

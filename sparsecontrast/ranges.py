@@ -29,7 +29,7 @@ RANGES: dict[str, Bounds] = {
     "backbone.tiles": (2, 64, "[]"),
     "backbone.halo": (0, PIXELS, "[]"),
     "method.keep": (0, 1, "(]"),
-    "method.cell": (1, PIXELS, "[]"),
+    "method.cell": (2, PIXELS, "[]"),
     "method.explore": SHARE,
     "method.surprise_weight": WEIGHT,
     "method.centre_prior": WEIGHT,

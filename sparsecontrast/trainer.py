@@ -64,6 +64,8 @@ class LocalTrainer:
         if config.train.precision == "bf16" and self.device.type == "cpu":
             explicit_attention(self.module)
         if config.train.compile:
+            # one compilation for each token count of the schedule; past torch's limit of 8 it runs eagerly
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
             method.backbone.compile(dynamic=False)
         self.optimizer = build_optimizer(self.module, config.train)
         low, high = config.train.crop_area
@@ -241,10 +243,11 @@ def explicit_attention(module: nn.Module) -> None:
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms and single vectors do not decay."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    """AdamW; biases, norms and single vectors do not decay, nor does the vector of each level of cells."""
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    decays = {n for n, p in trained if p.squeeze().dim() >= 2 and not n.endswith(".coarse")}
     groups = [
-        {"params": [p for p in trained if p.squeeze().dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.squeeze().dim() < 2], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if n in decays], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in trained if n not in decays], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))

@@ -47,7 +47,7 @@ class Pyramid:
         return (present[0], *(p - o for p, o in zip(present[1:], opened, strict=True)))
 
     def kept_cells(self, keep: float) -> int:
-        """Return m, the cells of level 1 to keep, so that the tokens are nearest to ``keep`` of the patches.
+        """Return m >= 1, the cells of level 1 to keep: the tokens are nearest to ``keep`` of the patches.
 
         Raises:
             MethodError: ``keep`` lies outside of what there can be.
@@ -59,7 +59,7 @@ class Pyramid:
                 f"{self.sizes[-1]} tokens of {self.sizes[0]}"
             )
         wanted = keep * self.sizes[0]
-        return min(range(self.sizes[1] + 1), key=lambda m: abs(sum(self.token_counts(m)) - wanted))
+        return min(range(1, self.sizes[1] + 1), key=lambda m: abs(sum(self.token_counts(m)) - wanted))
 
     def coarse(self, kept: Tensor) -> list[Tensor]:
         """Cells that are tokens, of levels 1 and up, for kept cells [B, m]: [B, K_l] each, ascending."""

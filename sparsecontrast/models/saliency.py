@@ -1,8 +1,8 @@
-"""The compact saliency predictor: which cells of a radiograph deserve fine tokens.
+"""Which cells of a radiograph deserve fine tokens: ``selection=attention``, and what needs no learning.
 
-SparseContrast (arXiv 2605.00887) names a compact predictor and nothing more; this one is ours: the
-image reduced four times, three small convolutions, no normalisation (rows stay independent, so the
-scorer is valid under per-sample privacy), about 20 k parameters (DP noise grows with dimension).
+The default scorer is ``surprise.py``. This one is plain: the image reduced four times, three small
+convolutions, no normalisation (rows stay independent, so the scorer is valid under per-sample
+privacy), about 20 k parameters (DP noise grows with dimension).
 """
 
 from collections.abc import Callable

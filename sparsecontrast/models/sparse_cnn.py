@@ -162,7 +162,7 @@ def build_sparse_cnn(config: BackboneConfig) -> SparseCNN:
     )
     try:
         cnn = timm.create_model(config.name, in_chans=1, num_classes=0, **options)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ModelError(f"backbone.name={config.name}: timm cannot build it: {error}") from error
     if not isinstance(cnn, ConvNeXt | ResNet) or any(isinstance(m, _BatchNorm) for m in cnn.modules()):
         raise ModelError(

@@ -1,10 +1,11 @@
-"""A timm ViT that runs on mixed-resolution tokens: kept cells fine, every other cell one coarse token.
+"""A timm ViT that runs on mixed-resolution tokens: kept cells fine, the rest one token a cell.
 
 Nothing is masked: a dropped token is physically absent from every block. With all cells kept the
 forward pass is timm's own. The background is demoted, never deleted, so no lesion can become
 invisible; that coverage is ours (SparseContrast, arXiv 2605.00887, trims attention to the
-predicted regions). A coarse token is the cell mean-pooled to one patch, embedded by the same
-projection, at the mean of its patches' positions, plus a learned "coarse" embedding.
+predicted regions). A coarse token is a cell, or in large images a cell of cells (``pyramid.py``),
+mean-pooled to one patch, embedded by the same projection, at the mean of its patches' positions, plus
+a learned embedding of its level. In the attention it weighs as the patches it stands for (log area).
 """
 
 from typing import Any
@@ -178,7 +179,7 @@ def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:
             config.name, img_size=config.img_size, patch_size=config.patch_size,
             in_chans=1, num_classes=0, global_pool=config.pool, **options,
         )  # fmt: skip
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ModelError(f"backbone.name={config.name}: timm cannot build it: {error}") from error
     if (
         not isinstance(vit, VisionTransformer)
