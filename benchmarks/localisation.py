@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.films import load_films
+from benchmarks.films import NAMES, load_films
 from benchmarks.overlap import Overlap, Scene, look, overlap
 from benchmarks.record import print_table, write_result
 from benchmarks.selectors import Protocol, Trial, selectors
 from sparsecontrast.data.dataset import Dataset
 
-DATA = ("phantoms", "multisite")
 LUNGS = {"right_lung", "left_lung"}
 CELLS = (7, 12)  # of 49: a token budget of .35, and a quarter of the cells
 QUICK = Protocol(size=64, patch=8, depth=1, steps=20, batch=16, contrast_steps=2, contrast_batch=8)
@@ -181,7 +180,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", default="../shared/data/cxr_multisite", help="folder with index.csv")
     parser.add_argument("--out", default="outputs/localisation", help="folder of the decoded images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--data", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--quick", action="store_true", help="phantoms of 64 pixels, two seeds, few steps")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality [--quick] [--json FILE] [--root ../shared/data/cxr_multisite]
 
-All arms of a seed start from equal weights and see the same batches and views for the same number of
+All arms of a seed start from equal backbones and see the same batches and views for the same number of
 steps; two more get as much CPU time as the dense arm took. Whatever is trained is asked by a linear
 probe on patients that training never saw. Runs are kept under ``--out`` and continued when the command
 is given again; ``--workers`` of them run at a time, one thread each.
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import quality_arms as qa
-from benchmarks.films import load_films
+from benchmarks.films import NAMES, load_films
 from benchmarks.record import print_table, write_result
 from sparsecontrast import probes
 from sparsecontrast.config import compose
@@ -31,7 +31,6 @@ from sparsecontrast.data.dataset import Dataset
 from sparsecontrast.scoring import Cell, Features, Scorer
 from sparsecontrast.tasks import make_table, parse_tasks
 
-DATA = ("phantoms", "multisite")
 REFERENCE = "dense"
 METRIC = "linear_probe_auroc"
 QUICK = qa.Protocol(size=32, patch=4, depth=1, steps=2, batch=8)
@@ -136,9 +135,9 @@ def _feature_sets(
     """Features of each arm and mode, one model a seed; dense first, then raw pixels and an untrained net."""
     for name in qa.arms(protocol):
         files = [_file(args, data, str(seed), name) for seed in args.seeds]
-        trained = [qa.load(file) for file in files if file.exists()]
-        if not trained:
+        if not all(file.exists() for file in files):  # a mean over other seeds could not be paired
             continue
+        trained = [qa.load(file) for file in files]
         names = sorted({key for t in trained for key in t.facts})
         facts = {f"mean_{k}": round(statistics.mean(t.facts[k] for t in trained), 3) for k in names}
         for mode in trained[0].features:
@@ -157,7 +156,7 @@ def _tasks(args: argparse.Namespace, data: str) -> list[str]:
 
 def _jobs(args: argparse.Namespace, protocol: qa.Protocol) -> list[tuple[str, str, str]]:
     """Everything to train, whole seeds first; what needs the dense arm's time comes after it."""
-    names = [n for n in qa.arms(protocol) if args.arms is None or n in args.arms]
+    names = [n for n in qa.arms(protocol) if args.arms is None or n in (REFERENCE, *args.arms)]
     named = {n: qa.arms(protocol)[n] for n in names}
     first = [n for n in names if named[n].steps is not None]
     later = [n for n in names if named[n].steps is None]
@@ -190,7 +189,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", default="../shared/data/cxr_multisite", help="folder with index.csv")
     parser.add_argument("--out", default="outputs/quality", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--data", nargs="+", default=list(DATA), choices=DATA)
+    parser.add_argument("--data", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--arms", nargs="+", default=None, help="train these alone")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a toy: two steps of a one-block network")

@@ -139,7 +139,7 @@ def train_arm(
 
 
 def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
-    """Build the network of an arm; equal seeds start equal networks from equal weights."""
+    """Build the network of an arm; equal seeds start from equal backbones."""
     changes: list[tuple[str, Any]] = [("method.temperature", protocol.temperature), *arm.changes]
     if protocol.depth is not None:
         changes.append(("backbone.depth", protocol.depth))

@@ -8,7 +8,6 @@ teacher, optimizer) is one safetensors file.
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +105,6 @@ class LocalTrainer:
         patients: np.ndarray,
         round_number: int,
         rounds: int,
-        on_step: Callable[[int, int, float], None] | None = None,
         proximal_mu: float = 0.0,
     ) -> TrainResult:
         """Train ``local_epochs`` passes over the site's images.
@@ -116,7 +114,6 @@ class LocalTrainer:
             patients: integer codes [N].
             round_number: 1-based server round.
             rounds: of the whole run; the schedules need it.
-            on_step: called with (step, steps, loss).
             proximal_mu: FedProx's weight of the distance to the global weights (Li et al. 2020, eq. 2).
 
         Raises:
@@ -145,8 +142,6 @@ class LocalTrainer:
             seen += len(rows)
             for key, value in {"loss": loss, **self.method.metrics()}.items():
                 sums.setdefault(key, []).append(value)
-            if on_step is not None:
-                on_step(step + 1, len(batches), loss)
         means = {key: float(np.mean(values)) for key, values in sums.items()}
         return TrainResult(len(batches), seen, time.perf_counter() - started, means)
 

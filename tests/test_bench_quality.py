@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -38,6 +39,22 @@ def test_arms_of_a_seed_start_from_equal_weights():
     dense, ours = (qa.build_arm(ARMS[name], TINY, 3).module for name in ("dense", "ours"))
     for name, value in dense.encoder.network.state_dict().items():
         assert torch.equal(value, ours.backbone.vit.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["ours", "random", "attention", "patch_dropout", "evit"])
+def test_arms_of_a_seed_see_the_same_views_at_every_step(name, monkeypatch):
+    seen, real = [], qa._batch
+
+    def record(*args):
+        batch = real(*args)
+        seen.append(torch.cat([batch.first, batch.second]))
+        return batch
+
+    monkeypatch.setattr(qa, "_batch", record)
+    for one in ("dense", name):
+        qa.train_arm(ARMS[one], dataclasses.replace(TINY, steps=3), films(), np.arange(12), 0, None)
+    assert len(seen) == 6 and not torch.equal(seen[0], seen[1])
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
 
 
 def test_no_low_resolution_rival_computes_fewer_tokens_than_ours():
