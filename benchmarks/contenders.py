@@ -27,7 +27,7 @@ from sparsecontrast.config import CONFIG_DIR, BackboneConfig, Config, MethodConf
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
-from sparsecontrast.precision import prepare
+from sparsecontrast.precision import Precision, prepare
 from sparsecontrast.structure import build
 
 OURS = "sparse_contrast"
@@ -61,7 +61,7 @@ class Contender:
 
     method: str
     keep: float = 1.0
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     attention: str = "fused"
     compiled: bool = False
 
@@ -76,7 +76,7 @@ class Workload:
         encode: module and images [B, 1, H, W] -> embedding [B, D], with everything that selection needs.
         after_step: what follows an optimizer step.
         cycle: steps from one teacher pass to the next; 1 where all steps are equal.
-        precision: fp32, or bf16 by autocast.
+        precision: fp32; bf16 by autocast; int8, for inference alone.
         device: where it lives.
         optimizer: AdamW over everything that trains.
     """
@@ -86,7 +86,7 @@ class Workload:
     encode: Callable[[Any, Tensor], Tensor]
     after_step: Callable[[], None]
     cycle: int
-    precision: str
+    precision: Precision
     device: torch.device
     optimizer: torch.optim.Optimizer = field(init=False)
     frozen: nn.Module | None = field(init=False, default=None)
@@ -113,19 +113,19 @@ class Workload:
 
     def infer(self, images: Tensor) -> Tensor:
         """Embed images as inference does: with weights that were cast once, not at each call."""
-        self.module.eval()
         if self.frozen is None:
-            self.frozen = self._freeze()
+            self.frozen = self.freeze(self.precision)
         with torch.no_grad():
             return self.encode(self.frozen, images)
 
-    def _freeze(self) -> nn.Module:
-        """The module with its network in the precision of the contender, its weights those of now."""
-        if self.precision == "fp32":
+    def freeze(self, precision: Precision) -> nn.Module:
+        """Return the module for inference, its network in ``precision``, its weights those of now."""
+        self.module.eval()
+        if precision == "fp32":
             return self.module
         frozen = copy.copy(self.module)
         frozen._modules = dict(self.module._modules)
-        network = prepare(getattr(self.module, self.network), "bf16", self.device.type)
+        network = prepare(getattr(self.module, self.network), precision, self.device.type)
         if getattr(self.module, self.network)._compiled_call_impl is not None:  # the copy is not compiled
             network.compile(dynamic=False)
         setattr(frozen, self.network, network)

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.one:
         train_one(args, protocol, *args.one)
         return
-    jobs = [job for job in _jobs(args, protocol) if not _file(args, *job).exists()]
+    jobs = [job for job in _jobs(args, protocol) if not _trained(args, protocol, job)]
     with ThreadPoolExecutor(args.workers) as pool:
         for data in dict.fromkeys(job[0] for job in jobs):
             dataset(args, protocol, data)  # the cache that all workers read
@@ -165,6 +165,14 @@ def _jobs(args: argparse.Namespace, protocol: qa.Protocol) -> list[tuple[str, st
         for seed, data, group in itertools.product(args.seeds, args.data, (first, later))
         for name in group
     ]
+
+
+def _trained(args: argparse.Namespace, protocol: qa.Protocol, job: tuple[str, str, str]) -> bool:
+    """Tell whether a run is there; one of another protocol is never taken for it."""
+    file = _file(args, *job)
+    if file.exists() and qa.load(file).told != qa.told(qa.arms(protocol)[job[2]], protocol):
+        raise SystemExit(f"{file}: made with another protocol; delete it, or give another --out")
+    return file.exists()
 
 
 def _call(args: argparse.Namespace, job: tuple[str, str, str]) -> None:

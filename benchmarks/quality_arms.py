@@ -27,7 +27,8 @@ class Arm:
     Attributes:
         contender: method and share of tokens.
         changes: to the method's configuration.
-        modes: how the trained network is asked: ``own`` as it was trained, ``dense`` with all tokens.
+        modes: how the trained network is asked: ``own`` as it was trained, ``dense`` with all tokens,
+            ``int8`` as it was trained with linear layers in 8 bits (on a CPU alone); the rest in bf16.
         steps: of training, as a share of the protocol's; None for as many as fit into the CPU time
             that the dense arm took.
     """
@@ -44,20 +45,21 @@ def arms(protocol: "Protocol") -> dict[str, Arm]:
     smaller = (math.ceil(keep**0.5 * side) / side) ** 2
     sparse = Contender(OURS, keep)
     both = ("own", "dense")
+    all_modes = both if torch.cuda.is_available() else (*both, "int8")
     plain = ("method.focus", False)
     return {
         "dense": Arm(Contender("dense")),
-        "ours": Arm(sparse, (), both),
+        "ours": Arm(sparse, (), all_modes),
         "low_resolution": Arm(Contender("low_resolution", smaller)),
         "random": Arm(sparse, (("selection", "random"), plain), both),
         "all_coarse": Arm(Contender("all_coarse")),
         "patch_dropout": Arm(Contender("random_drop", keep), (), both),
         "ours_at_equal_time": Arm(sparse, (), both, None),
         "low_resolution_at_equal_time": Arm(Contender("low_resolution", smaller), steps=None),
-        "ours_without_focus": Arm(sparse, (plain,), both),
+        "ours_without_focus": Arm(sparse, (plain,)),
         "dense_with_focus": Arm(Contender(OURS, 1.0)),
-        "centre": Arm(sparse, (("selection", "centre"), plain), both),
-        "energy": Arm(sparse, (("selection", "energy"), plain), both),
+        "centre": Arm(sparse, (("selection", "centre"), plain)),
+        "energy": Arm(sparse, (("selection", "energy"), plain)),
         "attention": Arm(sparse, (("selection", "attention"),), both),
         "evit": Arm(Contender("evit", keep)),
         "tome": Arm(Contender("tome", keep)),
@@ -84,8 +86,8 @@ class Protocol:
     size: int = 96
     patch: int = 8
     depth: int | None = 4
-    steps: int = 200
-    batch: int = 96
+    steps: int = 150
+    batch: int = 64
     lr: float = 1e-3
     temperature: float = 0.15
     keep: float = 0.39
@@ -93,10 +95,16 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Trained:
-    """Features by mode [N, D], and what the training was like."""
+    """Features by mode [N, D], what the training was like, and what it was told (``told``)."""
 
     features: dict[str, np.ndarray]
     facts: dict[str, float]
+    told: str = ""
+
+
+def told(arm: Arm, protocol: Protocol) -> str:
+    """Say in words what decides a result besides data and seed; a file of other words is not reused."""
+    return f"{protocol} {arm}"
 
 
 def train_arm(
@@ -135,7 +143,8 @@ def train_arm(
         "steps": total, "train_seconds": spent, "loss": float(np.mean(losses[-20:])),
         "chance_loss": math.log(min(protocol.batch, len(rows))),
     }  # fmt: skip
-    return Trained({mode: encode(arm, work, images, protocol, mode) for mode in arm.modes}, facts)
+    features = {mode: encode(arm, work, images, protocol, mode) for mode in arm.modes}
+    return Trained(features, facts, told(arm, protocol))
 
 
 def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
@@ -156,22 +165,22 @@ def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
 def encode(arm: Arm, work: Workload, images: np.ndarray, protocol: Protocol, mode: str) -> np.ndarray:
     """Embed all images, float32 [N, D]."""
     run = _encoder(arm, work, mode)
-    work.module.eval()
     found = []
     for start in range(0, len(images), BATCH):
         view = evaluation_view(torch.from_numpy(np.array(images[start : start + BATCH])), protocol.size)
-        with torch.autocast(work.device.type, torch.bfloat16):
-            found.append(run(view.to(work.device)).float().cpu())
+        found.append(run(view.to(work.device)).float().cpu())
     return torch.cat(found).numpy()
 
 
 def _encoder(arm: Arm, work: Workload, mode: str) -> Callable[[Tensor], Tensor]:
-    if mode == "own":
-        return lambda x: work.encode(work.module, x)
+    """The network is frozen as for inference; what chooses the cells stays in fp32, as in evaluation."""
+    module: Any = work.freeze("int8" if mode == "int8" else "bf16")
+    if mode != "dense":
+        return lambda x: work.encode(module, x)
     if arm.contender.method == OURS:
-        return lambda x: work.module.encode(x, "dense")  # type: ignore[operator]
-    network: Any = work.module.encoder.network  # type: ignore[union-attr]
-    return lambda x: random_drop(network, x, None)
+        return lambda x: module.encode(x, "dense")
+    module.encoder.run = lambda network, x: random_drop(network, x, None)
+    return module.encoder  # type: ignore[no-any-return]
 
 
 def _batch(
@@ -228,7 +237,7 @@ def save(trained: Trained, path: Path) -> None:
     facts = np.array(sorted(trained.facts.items()), dtype=[("name", "U32"), ("value", "f8")])
     arrays: dict[str, Any] = {f"mode_{k}": v.astype(np.float16) for k, v in trained.features.items()}
     with part.open("wb") as file:
-        np.savez(file, facts=facts, **arrays)
+        np.savez(file, facts=facts, told=np.array(trained.told), **arrays)
     part.replace(path)
 
 
@@ -236,4 +245,5 @@ def load(path: Path) -> Trained:
     """Read what ``save`` wrote."""
     with np.load(path, allow_pickle=False) as found:
         features = {k[5:]: found[k].astype(np.float32) for k in found.files if k.startswith("mode_")}
-        return Trained(features, {str(n): float(v) for n, v in found["facts"]})
+        facts = {str(n): float(v) for n, v in found["facts"]}
+        return Trained(features, facts, str(found["told"]))

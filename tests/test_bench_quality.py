@@ -23,7 +23,7 @@ def test_every_arm_trains_and_answers_in_each_of_its_modes(name):
     assert all(f.shape[0] == 12 and np.isfinite(f).all() for f in trained.features.values())
     assert trained.facts["steps"] == (TINY.steps if ARMS[name].steps else 1)
     assert trained.facts["chance_loss"] == pytest.approx(math.log(8))
-    if len(trained.features) == 2:
+    if "dense" in trained.features:
         assert not np.allclose(trained.features["own"], trained.features["dense"])
 
 
@@ -75,6 +75,16 @@ def test_what_is_kept_is_read_again(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["dense.npz"]
 
 
+def test_a_run_of_another_protocol_is_never_taken_for_this_one(tmp_path):
+    args = quality._arguments(["--quick", "--out", str(tmp_path)])
+    job = ("phantoms", "0", "dense")
+    assert not quality._trained(args, TINY, job)
+    quality.train_one(args, TINY, *job)
+    assert quality._trained(args, TINY, job)
+    with pytest.raises(SystemExit, match="another protocol"):
+        quality._trained(args, dataclasses.replace(TINY, steps=3), job)
+
+
 def test_the_table_pairs_every_arm_with_dense(tmp_path):
     words = ["--quick", "--out", str(tmp_path), "--arms", "dense", "ours"]
     args = quality._arguments(words)
@@ -82,7 +92,8 @@ def test_the_table_pairs_every_arm_with_dense(tmp_path):
         quality.train_one(args, TINY, *job)
     rows = quality.score(args, TINY, "phantoms")
     macro = {r["arm"]: r for r in rows if r["label"] == "macro"}
-    assert set(macro) == {"dense", "ours", "ours, asked dense", "random_init", "pixels_16x16"}
+    asked = {"ours", "ours, asked dense", "ours, asked int8"}
+    assert set(macro) == {"dense", *asked, "random_init", "pixels_16x16"}
     assert macro["dense"]["minus_dense"] == macro["dense"]["seeds_low"] == 0
     ours, dense = macro["ours"], macro["dense"]
     assert ours["minus_dense"] == pytest.approx(np.mean(ours["seeds"]) - np.mean(dense["seeds"]), abs=2e-4)
