@@ -86,8 +86,8 @@ class Protocol:
     size: int = 96
     patch: int = 8
     depth: int | None = 4
-    steps: int = 150
-    batch: int = 64
+    steps: int = 300
+    batch: int = 32
     lr: float = 1e-3
     temperature: float = 0.15
     keep: float = 0.39

@@ -12,7 +12,8 @@ Every ratio says how many times FASTER than a dense reference, memory shares how
 reference's memory; two references:
 
 - ``equal_precision``: dense timm at the row's precision, fused or explicit attention, whichever was faster
-  in this very measurement (for memory: whichever needs less);
+  in this very measurement (for memory: whichever needs less); int8 (linear layers alone, dynamic
+  quantisation) is for inference on a CPU;
 - ``stock_fp32``: dense timm as it comes, fp32 with fused attention, not compiled.
 
 Medians of paired ratios with their 5 % and 95 % quantiles. On a CPU ``cost_ms`` is CPU time of one
@@ -39,16 +40,18 @@ from benchmarks.memory import training_memory
 from benchmarks.record import machine, print_table, write_result
 from benchmarks.stopwatch import Part, Ratio, Times, cpu_clock, cuda_clock, interleave, ratio
 from sparsecontrast.errors import MethodError
+from sparsecontrast.precision import Precision
 
 NAMES = {"tiny": "vit_tiny", "small": "vit_small", "base": "vit_base"}
 MODELS = ("tiny", "small", "convnext_atto", "convnext_tiny", "resnet18", "resnet50")
 LIGHT = ("vit_tiny", "convnext_atto")  # twice the images a step on a CPU
 BATCH = {"cpu": {224: 8, 384: 4, 512: 4}, "cuda": {224: 256, 384: 64, 512: 16}}
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = {"cpu": ("fp32", "bf16", "int8"), "cuda": ("fp32", "bf16")}
 KEEPS = (1.0, 0.7, 0.5, 0.35, 0.3, 0.25)
 TOKEN_RIVALS = ("evit", "evit_one_stage", "dynamic_vit", "tome", "random_drop", "low_resolution")
 FEW_RIVALS = ("evit", "tome", "random_drop", "low_resolution")
 COMPILED_RIVALS = ("random_drop", "low_resolution")
+PHASES = ("train", "infer_1", "infer_n")
 SHOWN = {
     "method": "method", "keep": "keep", "precision": "precision", "attention": "attention",
     "phase": "phase", "cost_ms": "ms", "ratio_equal_precision": "x equal", "ratio_equal_precision_low": "low",
@@ -78,7 +81,7 @@ class Cell:
     """What is measured together: one model at one precision, compiled or not."""
 
     model: Model
-    precision: str
+    precision: Precision
     compiled: bool
 
     def key(self) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = replace(protocol, batch=args.batch or protocol.batch)
     partial = None if args.json is None else args.json.with_name(args.json.name + ".partial")
     rows = _continued(partial, _command(args))
-    for cell in cells(args.models, args.sizes, tuple(args.changes), args.compile):
+    for cell in cells(args.models, args.sizes, tuple(args.changes), args.compile, args.device):
         key = cell.key()
         if any(all(row.get(name) == value for name, value in key.items()) for row in rows):
             continue
@@ -116,8 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cells(
-    models: Sequence[str], sizes: Sequence[int], changes: tuple[tuple[str, Any], ...], compiled: bool
-) -> Iterator[Cell]:
+    models: Sequence[str], sizes: Sequence[int], changes: tuple[tuple[str, Any], ...], compiled: bool,
+    device: str,
+) -> Iterator[Cell]:  # fmt: skip
     """Give what to measure; CNNs at 224 alone, backbones without a config are told and left out."""
     for name in models:
         for size in sizes:
@@ -128,8 +132,11 @@ def cells(
                 print(f"{model.backbone}: not built")
                 break
             if vit or size == 224:
-                for precision in PRECISIONS:
-                    for way in (False, True) if compiled else (False,):
+                for precision in PRECISIONS[device]:
+                    ways = (False, True) if compiled and precision != "int8" else (False,)
+                    if precision == "int8" and not vit and "resnet" in model.backbone:
+                        continue  # no linear layer to quantise
+                    for way in ways:
                         yield Cell(model, precision, way)
 
 
@@ -173,16 +180,20 @@ def measure(cell: Cell, protocol: Protocol, device: torch.device) -> list[dict[s
     """Measure one cell: memory of each contender by itself, then the times of all, interleaved."""
     dense = references(cell, device)
     batch = protocol.batch or _batch(cell.model, device)
-    memory, works = {}, {}
+    phases = PHASES[1:] if cell.precision == "int8" else PHASES
+    memory: dict[Contender, dict[str, float]] = {}
+    works = {}
     for contender in [*dense, *contenders(cell, protocol, device)]:
         try:
-            memory[contender] = training_memory(contender, cell.model, batch, device)
+            if "train" in phases:
+                memory[contender] = training_memory(contender, cell.model, batch, device)
+            work = build_workload(contender, cell.model, device)
+            work.infer(random_batch(cell.model.size, 1, device, 0).first)  # a share may be refused only here
+            works[contender] = work
         except MethodError as error:
             print(f"{cell.model.backbone} {contender.method} at {contender.keep}: not built: {error}")
-    for contender in memory:
-        works[contender] = build_workload(contender, cell.model, device)
     rows = []
-    for phase in ("train", "infer_1", "infer_n"):
+    for phase in phases:
         images = 1 if phase == "infer_1" else batch
         parts = {c: _parts(work, cell.model, phase, images) for c, work in works.items()}
         clock = cuda_clock if device.type == "cuda" else cpu_clock
