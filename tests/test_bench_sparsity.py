@@ -160,8 +160,8 @@ def test_rows_are_whole_and_finite(run):
     rows = result["rows"]
     assert result["name"] == "sparsity" and str(file.parent) not in result["command"]
     assert [p.name for p in file.parent.iterdir()] == [file.name]
-    assert {row["cell"] for row in rows} == {"fp32", "bf16"}
-    assert {row["phase"] for row in rows} == {"train", "infer_1", "infer_n"}
+    phases = {(row["cell"], row["phase"]) for row in rows}
+    assert phases == {(c, p) for c in ("fp32", "bf16", "int8") for p in sparsity.PHASES} - {("int8", "train")}
     methods = {row["method"] for row in rows}
     assert methods >= {"dense", OURS, "evit", "tome", "random_drop", "low_resolution", "all_coarse"}
     for row in rows:
@@ -174,8 +174,8 @@ def test_rows_are_whole_and_finite(run):
 
 def test_each_cell_has_its_references(run):
     rows = json.loads(run[0].read_text())["rows"]
-    for cell in ("fp32", "bf16"):
-        for phase in ("train", "infer_1", "infer_n"):
+    for cell in ("fp32", "bf16", "int8"):
+        for phase in sparsity.PHASES[cell == "int8" :]:
             dense = [r for r in rows if (r["cell"], r["phase"], r["method"]) == (cell, phase, "dense")]
             equal = [r for r in dense if r["precision"] == cell]
             assert {r["attention"] for r in equal} == {"fused", "explicit"}
@@ -199,17 +199,17 @@ def test_a_killed_run_goes_on_where_it_stood(run, tmp_path, monkeypatch, capsys)
 
     def measure(cell, *_):
         asked.append(cell.precision)
-        return [row | cell.key()]
+        return [row | {"cell": cell.precision}]
 
     monkeypatch.setattr(sparsity, "measure", measure)
     sparsity.main(words)
-    assert asked == ["bf16"] and not partial.exists()
-    assert json.loads(again.read_text())["rows"] == [*kept, row]
+    assert asked == ["bf16", "int8"] and not partial.exists()
+    assert json.loads(again.read_text())["rows"] == [*kept, row | {"cell": "bf16"}, row]
     assert "no_such: not built" in capsys.readouterr().out
 
     partial.write_text(json.dumps(result | {"rows": kept, "machine": {"cpu": "another"}}))
     sparsity.main(words)
-    assert asked == ["bf16", "fp32", "bf16"]
+    assert asked == ["bf16", "int8", "fp32", "bf16", "int8"]
 
 
 def test_large_images_get_fewer_lines_on_a_cpu_only():
