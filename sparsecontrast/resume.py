@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.runs import CONFIG, read_saved
 
@@ -61,23 +62,10 @@ def refuse_old_rounds(config: Config) -> None:
 
 def _compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     """Refuse a continuation that would be another run; a moved folder is no difference."""
-    before, after = dict(_leaves(saved)), dict(_leaves(now))
-    changed = [
-        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key) and not any(key == f or key.startswith(f"{f}.") for f in FREE)
-    ]
-    if changed:
+    found = differences(saved, now, FREE)
+    if found:
         raise ConfigError(
-            f"resume={folder}: this would be another run: {'; '.join(changed)}. Drop the overrides that "
-            "differ, or start anew in another output_dir"
+            f"resume={folder}: this would be another run: {'; '.join(found)}. Drop the overrides that "
+            "differ, or start anew in another output_dir; where none differs, the run was made by another "
+            "version of sparsecontrast, which alone can continue it"
         )
-
-
-def _leaves(tree: Any, where: str = "") -> list[tuple[str, Any]]:
-    """Flatten nested mappings to dotted keys."""
-    if isinstance(tree, Mapping) and tree:
-        return [
-            leaf for key, value in tree.items() for leaf in _leaves(value, f"{where}.{key}" if where else key)
-        ]
-    return [(where, tree)]

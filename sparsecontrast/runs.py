@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast.config import Config, anchored, compose
+from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError, EvaluationError, MissingDataError
 from sparsecontrast.overrides import assign, merge
 
@@ -62,8 +63,14 @@ def read_run(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """Compose what the run was told, then ``overrides``; a later word on the same key wins."""
-    config = compose(merge(read_saved(folder)["overrides"], overrides))
+    """Compose what the run was told, then ``overrides``; a later word on the same key wins.
+
+    Raises:
+        ConfigError: what decides the network is not what the run had, and no override says so.
+    """
+    saved = read_saved(folder)
+    config = compose(merge(saved["overrides"], overrides))
+    _refuse_other_network(saved, as_dict(config), overrides, folder)
     return dataclasses.replace(config, output_dir=str(folder))
 
 
@@ -134,6 +141,21 @@ def _saved(path: Path) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise ConfigError(f"{path}: not the config of a run")
     return saved
+
+
+def _refuse_other_network(
+    saved: Mapping[str, Any], now: Mapping[str, Any], overrides: Sequence[str], folder: Path
+) -> None:
+    """Defaults may change from version to version; a run is never read as what it was not."""
+    groups = ("method", "backbone")
+    asked = [word.lstrip("+~").partition("=")[0] for word in overrides]
+    asked += ["method.selection"] if "selection" in asked else []
+    found = differences(*({g: tree.get(g) for g in groups} for tree in (saved, now)), asked)
+    if found:
+        raise ConfigError(
+            f"{folder}: made by another version of sparsecontrast: {'; '.join(found)}. Read it with that "
+            "version, or give each of these keys as an override"
+        )
 
 
 def _inside(home: Path, value: Any) -> Path | None:

@@ -186,6 +186,21 @@ def test_a_path_beside_the_run_folder_stays(images, tmp_path):
     assert resolve([f"resume={tmp_path / 'm2'}"])[0].data.index == str(index)
 
 
+def test_a_run_of_other_defaults_is_never_read_as_what_it_was_not(cut_by_partition, tmp_path):
+    folder = Path(shutil.copytree(cut_by_partition, tmp_path / "old"))
+    text = (folder / "config.yaml").read_text()
+    assert "centre_prior: 2.0" in text
+    (folder / "config.yaml").write_text(text.replace("centre_prior: 2.0", "centre_prior: 1.0"))
+    with pytest.raises(ConfigError, match="another version.*method.centre_prior was 1.0, is 2.0"):
+        read_config(folder)
+    with pytest.raises(ConfigError, match="method.centre_prior was 1.0, is 2.0.*another version"):
+        resolve([f"resume={folder}"])
+    assert read_config(folder, ["method.centre_prior=1.0"]).method.centre_prior == 1.0
+    (folder / "config.yaml").write_text(text.replace("  centre_prior: 2.0\n", ""))
+    with pytest.raises(ConfigError, match="method.centre_prior was not there, is 2.0"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 def test_a_torn_last_round_is_done_again(copy, whole, suffix):
     path = checkpoint.round_file(copy, 2, suffix)
