@@ -206,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_share,
         default="sparse",
         metavar="dense|sparse|NUMBER",
-        help="share of the tokens in the sparse graph; default sparse, as the run was configured",
+        help="share of the tokens (CNN: of the tiles) in the sparse graph; default sparse, as the run has it",
     )
     export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
     export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")

@@ -11,7 +11,8 @@ The folder is there whole, every file checked against the run, or not at all.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sparsecontrast.config import BackboneConfig, Config, MethodConfig, anchored
 from sparsecontrast.durable import new_folder, write_bytes
 from sparsecontrast.errors import ConfigError, ExportError
 from sparsecontrast.export_onnx import require_onnx, write_graphs
+from sparsecontrast.models.sparse_cnn import SparseCNN, timm_arguments
 from sparsecontrast.models.sparse_vit import SparseViT
 
 VERSION = 1
@@ -44,8 +46,8 @@ def export_run(
     Args:
         run_dir: a run folder with at least one trained round; its data are not needed.
         out: not there, or empty.
-        keep: of the sparse graph: ``sparse`` as the run was configured, a share of the tokens, or
-            ``dense`` for none.
+        keep: of the sparse graph: ``sparse`` as the run was configured, a share of the tokens (of a
+            CNN's tiles), or ``dense`` for none.
         formats: of ``FORMATS``.
         int8: write quantised ONNX graphs too.
 
@@ -121,40 +123,61 @@ def _check_selection(config: MethodConfig, kept: Tensor | None) -> None:
 
 def _write_timm(method: Any, config: BackboneConfig, folder: Path, images: Tensor) -> dict[str, Any]:
     """Write the weights, then build the model anew from what was written and compare."""
-    module, build = _timm_model(method.backbone, config)
-    write_tensors(folder / WEIGHTS, module.state_dict())
+    inside = _timm_model(method.backbone, config)
+    write_tensors(folder / WEIGHTS, inside.state)
     with torch.random.fork_rng(devices=[]):
-        plain = timm.create_model(**json.loads(json.dumps(build))).eval()
+        plain = timm.create_model(**json.loads(json.dumps(inside.build))).eval()
     try:
         plain.load_state_dict(read_tensors(folder / WEIGHTS))
     except RuntimeError as error:
         raise ExportError(f"{WEIGHTS}: plain timm does not take the weights: {error}") from error
     with torch.no_grad():
-        difference = float((plain(images) - method.backbone(images)).abs().max())
+        difference = float((plain(images) - inside.features(images)).abs().max())
     if not difference <= TOLERANCE:
         raise ExportError(
             f"{WEIGHTS}: rebuilt by plain timm it differs from the run by {difference:g}, "
             f"allowed {TOLERANCE:g}; not exported"
         )
-    # with method.focus the run's own embedding goes on with a second half, which needs the scorer
     check = {"images": len(images), "max_abs_difference": difference, "tolerance": TOLERANCE}
     return {
-        "build": build,
+        "build": inside.build,
         "weights": WEIGHTS,
         "embedding": method.backbone.embed_dim,
+        "features": inside.meaning,
         "check": {"against": "the run, dense", **check},
     }
 
 
-def _timm_model(backbone: nn.Module, config: BackboneConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """The timm model inside a backbone, and the arguments with which ``timm.create_model`` makes its like."""
+@dataclass(frozen=True)
+class Inside:
+    """The timm model inside a backbone.
+
+    Attributes:
+        build: arguments with which ``timm.create_model`` makes its like.
+        state: its weights by timm's names.
+        features: what the run itself computes with them, images [B, 1, H, W] -> [B, D].
+        meaning: of the features, beside the run's embedding.
+    """
+
+    build: dict[str, Any]
+    state: dict[str, Tensor]
+    features: Callable[[Tensor], Tensor]
+    meaning: str
+
+
+def _timm_model(backbone: nn.Module, config: BackboneConfig) -> Inside:
+    if isinstance(backbone, SparseCNN):
+        meaning = "the network on the whole image, without the overview and the attention over cells"
+        return Inside(timm_arguments(config), backbone.timm_state(), backbone.timm_features, meaning)
     if not isinstance(backbone, SparseViT):
         raise ExportError(f"{type(backbone).__name__}: no timm model can be taken from this backbone")
     build = {
         "model_name": config.name, "img_size": config.img_size, "patch_size": config.patch_size,
         "in_chans": 1, "num_classes": 0, "global_pool": config.pool,
+        **({} if config.depth is None else {"depth": config.depth}),
     }  # fmt: skip
-    return backbone.vit, build if config.depth is None else {**build, "depth": config.depth}
+    meaning = "the dense embedding; with method.focus its first half, for the second needs the scorer"
+    return Inside(build, backbone.vit.state_dict(), backbone, meaning)
 
 
 def _input(config: Config) -> dict[str, Any]:
@@ -175,9 +198,10 @@ def _keep(config: Config, method: Any, keep: str | float, kept: Tensor | None) -
     cells = method.backbone.num_cells
     fine = cells if kept is None else kept.shape[1]
     rows, columns = method.backbone.grid
+    patches = {} if config.backbone.tiles else {"cell_in_patches": config.method.cell}
     return {
         "asked": keep, "selection": config.method.selection, "grid": [rows, columns],
-        "cell_in_patches": config.method.cell, "cells": cells, "fine_cells": fine,
+        "cell_in_pixels": config.backbone.img_size // rows, **patches, "cells": cells, "fine_cells": fine,
     }  # fmt: skip
 
 

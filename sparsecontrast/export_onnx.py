@@ -1,6 +1,6 @@
 """A trained method as ONNX graphs with a free batch, checked and timed in onnxruntime.
 
-The sparse graph is one file: image -> saliency -> exclusion -> top-k -> gather -> mixed-resolution
+The sparse graph is one file: image -> saliency -> exclusion -> top-k -> gather -> sparse
 backbone -> embedding. It asks a method for ``choose`` and ``backbone`` alone, so any backbone with
 ``forward(images, kept, focus)`` goes through.
 """

@@ -9,9 +9,11 @@ them (Ilse et al., Attention-based Deep Multiple Instance Learning, arXiv 1802.0
 Dense (no ``kept``) is timm's network on the whole image, its last feature map pooled over the same
 cells, so dense and sparse share every weight. They differ at the windows' borders, where the cut
 network pads with zeros and, in ResNets, GroupNorm sees one window instead of the image;
-``tiles.relative_error`` measures it, ``backbone.halo`` buys it down: with fresh weights, residual
-branches open, smooth noise of 256 px in 4 x 4 tiles, halo 0 / 32 / 64: ConvNeXt-atto 0.16 / 0.08 / 0.03,
-ResNet-18 0.59 / 0.42 / 0.25.
+``backbone.halo`` buys it down. ``python -m benchmarks.borders`` measures the relative error of a tile's
+features: with fresh weights, residual branches open, phantoms of 256 px in 4 x 4 tiles, halo 0 / 32 / 64:
+ConvNeXt-atto 0.31 / 0.16 / 0.05, ResNet-18 0.52 / 0.33 / 0.18. A halo that puts the windows off the
+strides of 32 px makes a ConvNeXt worse (0.55 at 16), and at a quarter of the tiles one of 32 px costs
+as much as the dense pass.
 """
 
 import copy
@@ -143,25 +145,45 @@ class SparseCNN(nn.Module):
         weights = self.window_weights[kept].flatten(0, 1)[:, None]
         return _pool(self.cnn.forward_features(windows), weights).reshape(*kept.shape, -1)
 
+    def timm_state(self) -> dict[str, Tensor]:
+        """Weights of the plain timm network inside: a ConvNeXt gets the norm back that was taken from it."""
+        norm = self.norm.state_dict() if self._took_norm else {}
+        return {**self.cnn.state_dict(), **{f"head.norm.{name}": tensor for name, tensor in norm.items()}}
+
+    def timm_features(self, images: Tensor) -> Tensor:
+        """Embed images [B, 1, H, W] -> [B, D] as that network does: no overview, all cells weigh the same.
+
+        A ConvNeXt's norm, if it had one to take, was trained on cells with the overview added.
+        """
+        mean = self.fine_cells(images).mean(1)
+        return self.norm(mean) if self._took_norm else mean
+
+    @property
+    def _took_norm(self) -> bool:
+        return isinstance(getattr(self.cnn, "head", None), nn.Identity)
+
     def _weights(self, cells: Tensor) -> Tensor:
         return self.score(cells)[..., 0].float().softmax(1)
+
+
+def timm_arguments(config: BackboneConfig) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` for the network inside; ResNets are built with GroupNorm."""
+    norm = {"norm_layer": "groupnorm"} if is_model_in_modules(config.name, "resnet") else {}
+    return {"model_name": config.name, "in_chans": 1, "num_classes": 0, **norm}
 
 
 def build_sparse_cnn(config: BackboneConfig) -> SparseCNN:
     """Build the backbone by timm name, on one channel; the caller seeds torch.
 
-    ResNets are built with GroupNorm. Weights that were trained with BatchNorm give them their
-    convolutions, scales and shifts; running statistics have no place.
+    To ResNets, weights that were trained with BatchNorm give their convolutions, scales and shifts;
+    running statistics have no place.
 
     Raises:
         ModelError: the name is no ConvNeXt or ResNet without BatchNorm, or the weights do not fit it.
         MissingDataError: ``pretrained`` names a file that is not there, or weights that cannot be fetched.
     """
-    options: dict[str, Any] = (
-        {"norm_layer": "groupnorm"} if is_model_in_modules(config.name, "resnet") else {}
-    )
     try:
-        cnn = timm.create_model(config.name, in_chans=1, num_classes=0, **options)
+        cnn = timm.create_model(**timm_arguments(config))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ModelError(f"backbone.name={config.name}: timm cannot build it: {error}") from error
     if not isinstance(cnn, ConvNeXt | ResNet) or any(isinstance(m, _BatchNorm) for m in cnn.modules()):
@@ -192,11 +214,12 @@ def _overview_of(cnn: ConvNeXt | ResNet) -> Any:
 
 def _take_last_norm(cnn: ConvNeXt | ResNet) -> nn.LayerNorm:
     """A norm over D; ConvNeXt's own, which follows its pooling, moves here."""
-    norm = nn.LayerNorm(int(cnn.num_features))
     own = getattr(getattr(cnn, "head", None), "norm", None)
-    if isinstance(own, nn.LayerNorm):
-        norm.load_state_dict(own.state_dict())
-        cnn.head = nn.Identity()  # type: ignore[assignment]
+    if not isinstance(own, nn.LayerNorm):
+        return nn.LayerNorm(int(cnn.num_features))
+    norm = nn.LayerNorm(int(cnn.num_features), eps=own.eps)
+    norm.load_state_dict(own.state_dict())
+    cnn.head = nn.Identity()  # type: ignore[assignment]
     return norm
 
 

@@ -49,7 +49,8 @@ def cut(images: Tensor, kept: Tensor, starts: Tensor, window: int) -> Tensor:
     offsets = torch.arange(window, device=images.device)
     rows = starts[kept // len(starts)][..., None] + offsets
     columns = starts[kept % len(starts)][..., None] + offsets
-    sample = torch.arange(len(images), device=images.device)[:, None, None, None]
+    # shape, not len(), which would fix the batch of a graph that is traced
+    sample = torch.arange(images.shape[0], device=images.device)[:, None, None, None]
     return images[:, 0][sample, rows[..., :, None], columns[..., None, :]].flatten(0, 1)[:, None]
 
 
