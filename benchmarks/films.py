@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from sparsecontrast.config import compose
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.data.dataset import Dataset
 
 NAMES = ("phantoms", "multisite")
+FOCAL = {"nodule", "mass", "consolidation"}  # findings of a phantom that a box bounds well
+SMALL = 8  # patches; a lesion that covers fewer is small
 
 
 def load_films(name: str, size: int, patch: int, patients: int, root: str | Path, out: str | Path) -> Dataset:
@@ -28,3 +32,23 @@ def load_films(name: str, size: int, patch: int, patients: int, root: str | Path
         told += ["experiment=multisite_cxr", f"data.root={Path(root).resolve()}"]
     folder = Path(out).resolve()
     return load_dataset(compose(told), folder / "cache", folder / "state", progress=False)
+
+
+def labels_by_size(dataset: Dataset, patch: int) -> dict[str, np.ndarray]:
+    """Ask for small and for large focal lesions apart: 1, 0 without any, NaN with one of the other size.
+
+    An image is as its largest lesion is.
+
+    Args:
+        dataset: with boxes.
+        patch: side of a patch in pixels.
+    """
+    found = np.array([_largest(dataset, i) for i in range(len(dataset))]) / patch**2
+    names = {f"lesion under {SMALL} patches": found < SMALL, "larger lesion": found >= SMALL}
+    return {name: np.where(found == 0, 0.0, np.where(asked, 1.0, np.nan)) for name, asked in names.items()}
+
+
+def _largest(dataset: Dataset, i: int) -> float:
+    """Pixels of the largest focal lesion's box, 0 without one."""
+    pairs = zip(dataset.boxes[i], dataset.box_labels[i], strict=True)
+    return max((float(box[2] * box[3]) for box, label in pairs if label in FOCAL), default=0.0)

@@ -9,6 +9,7 @@ is given again; ``--workers`` of them run at a time, one thread each.
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import statistics
@@ -23,13 +24,13 @@ import numpy as np
 import torch
 
 from benchmarks import quality_arms as qa
-from benchmarks.films import NAMES, load_films
+from benchmarks.films import NAMES, labels_by_size, load_films
 from benchmarks.record import print_table, write_result
 from sparsecontrast import probes
 from sparsecontrast.config import compose
 from sparsecontrast.data.dataset import Dataset
 from sparsecontrast.scoring import Cell, Features, Scorer
-from sparsecontrast.tasks import make_table, parse_tasks
+from sparsecontrast.tasks import Task, make_table, parse_tasks
 
 REFERENCE = "dense"
 METRIC = "linear_probe_auroc"
@@ -78,6 +79,10 @@ def score(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> list[di
     found = dataset(args, protocol, data)
     table = make_table(found.frame)
     tasks = parse_tasks(compose(_tasks(args, data)).evaluation.tasks, table)
+    if data == "phantoms":
+        sized = labels_by_size(found, protocol.patch)
+        table = dataclasses.replace(table, labels={**table.labels, **sized})
+        tasks = (*tasks, Task("by size", tuple(sized)))
     replicates = 50 if args.quick else 1000
     scorer = Scorer((1.0,), 20, replicates, 0)
     sets = list(_feature_sets(args, protocol, data, found))

@@ -2,11 +2,14 @@ import dataclasses
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from benchmarks import quality
 from benchmarks import quality_arms as qa
+from benchmarks.films import labels_by_size
+from sparsecontrast.data.dataset import Dataset
 
 TINY = quality.QUICK
 ARMS = qa.arms(TINY)
@@ -91,7 +94,8 @@ def test_the_table_pairs_every_arm_with_dense(tmp_path):
     for job in quality._jobs(args, TINY):
         quality.train_one(args, TINY, *job)
     rows = quality.score(args, TINY, "phantoms")
-    macro = {r["arm"]: r for r in rows if r["label"] == "macro"}
+    macro = {r["arm"]: r for r in rows if (r["task"], r["label"]) == ("all findings", "macro")}
+    assert {r["label"] for r in rows if r["task"] == "by size"} >= {"lesion under 8 patches", "larger lesion"}
     asked = {"ours", "ours, asked dense", "ours, asked int8"}
     assert set(macro) == {"dense", *asked, "random_init", "pixels_16x16"}
     assert macro["dense"]["minus_dense"] == macro["dense"]["seeds_low"] == 0
@@ -99,6 +103,16 @@ def test_the_table_pairs_every_arm_with_dense(tmp_path):
     assert ours["minus_dense"] == pytest.approx(np.mean(ours["seeds"]) - np.mean(dense["seeds"]), abs=2e-4)
     assert len(ours["seeds"]) == 2 and ours["seeds_low"] <= ours["minus_dense"] <= ours["seeds_high"]
     assert "minus_dense" not in macro["pixels_16x16"]  # one model for all seeds
+
+
+def test_lesions_are_asked_for_by_size():
+    boxes = [np.array(b, dtype=np.float32).reshape(-1, 4) for b in ([], [[0, 0, 9, 9]], [[0, 0, 9, 9]] * 2)]
+    boxes[2][1, 2:] = 30
+    labels = [[], ["nodule"], ["nodule", "mass"]]
+    frame = pd.DataFrame(index=range(3))
+    found = labels_by_size(Dataset(np.zeros((3, 1, 1)), frame, boxes, labels, frame), 8)
+    np.testing.assert_array_equal(found["lesion under 8 patches"], [0, 1, np.nan])
+    np.testing.assert_array_equal(found["larger lesion"], [0, np.nan, 1])
 
 
 def test_interval_of_students_t():
