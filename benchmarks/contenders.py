@@ -24,6 +24,7 @@ from benchmarks.rivals.random_drop import random_drop, random_patches
 from benchmarks.rivals.tome import merged_per_block, tome
 from sparsecontrast import losses
 from sparsecontrast.config import CONFIG_DIR, BackboneConfig, Config, MethodConfig
+from sparsecontrast.levels import STRIDE
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
@@ -31,7 +32,6 @@ from sparsecontrast.precision import Precision, prepare
 from sparsecontrast.structure import build
 
 OURS = "sparse_contrast"
-STEP = 32  # pixels: the total stride of the CNNs, so the unit of their image sizes
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _rival(
         network: Any = timm.create_model(backbone.name, in_chans=1, num_classes=0)
         size = backbone.img_size
         if contender.method == "low_resolution":
-            size = equal_cost_size(size, STEP, contender.keep)
+            size = equal_cost_size(size, STRIDE, contender.keep)
         encoder, dim = Encoder(network, lambda net, x: low_resolution(net, x, size)), network.num_features
     module = Contrast(encoder, dim, method).to(device)
     return Workload(

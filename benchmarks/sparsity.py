@@ -35,11 +35,20 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.contenders import OURS, Contender, Model, Workload, build_workload, is_vit, random_batch
+from benchmarks.contenders import (
+    OURS,
+    Contender,
+    Model,
+    Workload,
+    build_workload,
+    is_vit,
+    random_batch,
+)
 from benchmarks.memory import training_memory
 from benchmarks.record import machine, print_table, write_result
 from benchmarks.stopwatch import Part, Ratio, Times, cpu_clock, cuda_clock, interleave, ratio
 from sparsecontrast.errors import MethodError
+from sparsecontrast.levels import STRIDE
 from sparsecontrast.precision import Precision
 
 NAMES = {"tiny": "vit_tiny", "small": "vit_small", "base": "vit_base"}
@@ -128,6 +137,8 @@ def cells(
             model = Model(NAMES.get(name, name), size, changes)
             try:
                 vit = is_vit(model)
+                if not vit:  # tiles of 32 px, as large as a ViT's cells
+                    model = replace(model, changes=(("backbone.tiles", size // STRIDE), *changes))
             except FileNotFoundError:
                 print(f"{model.backbone}: not built")
                 break

@@ -1,5 +1,6 @@
-"""How many levels of cells an image has: plain numbers, for the configuration and the backbone alike."""
+"""How an image is cut into cells: plain numbers, for the configuration and the backbone alike."""
 
+STRIDE = 32  # pixels of the image in one of a CNN's last feature map, for every network here
 LARGEST = 8  # cells of a side of the highest level, where it can be cut so far
 
 

@@ -6,7 +6,7 @@ The range of one key on its own stands in ``ranges.py`` and holds already.
 from typing import TYPE_CHECKING
 
 from sparsecontrast.errors import ConfigError
-from sparsecontrast.levels import stack_grids
+from sparsecontrast.levels import STRIDE, stack_grids
 
 if TYPE_CHECKING:
     from sparsecontrast.config import Config
@@ -50,13 +50,22 @@ def _cnn_relations(config: "Config") -> Relations:
     size, tile = f"backbone.img_size={b.img_size}", b.img_size // tiles
     return [
         (not foreign, f"{', '.join(foreign)}: of a ViT, but {b.name} has backbone.tiles; set to null"),
-        (b.img_size % 32 == 0, f"{size}: must be a multiple of 32, a CNN's stride"),
-        (b.img_size % tiles == 0, f"{size}: must be a multiple of backbone.tiles={tiles}"),
+        (
+            b.img_size % (STRIDE * tiles) == 0,
+            f"backbone.tiles={tiles}: {size} must be cut into tiles of whole strides of {STRIDE} px; "
+            f"possible here: {_possible_tiles(b.img_size) or 'none'}",
+        ),
+        (halo % STRIDE == 0, f"backbone.halo={halo}: must be a multiple of {STRIDE} px, a CNN's stride"),
         (
             tile + 2 * halo <= b.img_size,
             f"backbone.halo={halo}: {size} holds no tile of {tile} px and two halos",
         ),
     ]
+
+
+def _possible_tiles(size: int) -> str:
+    """All ``backbone.tiles`` that an image of ``size`` pixels can be cut into."""
+    return ", ".join(str(n) for n in range(2, size // STRIDE + 1) if size % (STRIDE * n) == 0)
 
 
 def _least_keep(config: "Config") -> float:

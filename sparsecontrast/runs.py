@@ -150,7 +150,8 @@ def _refuse_other_network(
     groups = ("method", "backbone")
     asked = [word.lstrip("+~").partition("=")[0] for word in overrides]
     asked += ["method.selection"] if "selection" in asked else []
-    found = differences(*({g: tree.get(g) for g in groups} for tree in (saved, now)), asked)
+    before, after = ({g: tree.get(g) for g in groups} for tree in (saved, now))
+    found = differences(before, after, asked)
     if found:
         raise ConfigError(
             f"{folder}: made by another version of sparsecontrast: {'; '.join(found)}. Read it with that "

@@ -7,13 +7,14 @@ def close(found, wanted):
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_windows_lie_inside_the_image_around_their_tiles_on_the_coarsest_grid():
+def test_windows_lie_inside_the_image_around_their_tiles_on_whole_strides():
     assert tiles.window_starts(256, 4, 64, 0).tolist() == [0, 64, 128, 192]
-    assert tiles.window_starts(224, 4, 64, 0).tolist() == [0, 48, 112, 160]
-    for size, count, halo in ((224, 4, 0), (224, 7, 16), (96, 3, 5), (320, 4, 40), (64, 64, 3)):
+    assert tiles.window_starts(224, 7, 96, 32).tolist() == [0, 0, 32, 64, 96, 128, 128]
+    for size, count, halo in ((256, 4, 0), (224, 7, 32), (96, 3, 64), (640, 10, 96)):
         window, tile = tiles.window_size(size, count, halo), size // count
         starts = tiles.window_starts(size, count, window, halo)
         first = torch.arange(count) * tile
+        assert window % 32 == 0 and (starts % 32 == 0).all()
         assert (starts >= 0).all() and (starts + window <= size).all()
         assert (starts <= (first - halo).clamp_min(0)).all()
         assert (starts + window >= (first + tile + halo).clamp_max(size)).all()

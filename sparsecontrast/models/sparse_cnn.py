@@ -11,9 +11,8 @@ cells, so dense and sparse share every weight. They differ at the windows' borde
 network pads with zeros and, in ResNets, GroupNorm sees one window instead of the image;
 ``backbone.halo`` buys it down. ``python -m benchmarks.borders`` measures the relative error of a tile's
 features: with fresh weights, residual branches open, phantoms of 256 px in 4 x 4 tiles, halo 0 / 32 / 64:
-ConvNeXt-atto 0.31 / 0.16 / 0.05, ResNet-18 0.52 / 0.33 / 0.18. A halo that puts the windows off the
-strides of 32 px makes a ConvNeXt worse (0.55 at 16), and at a quarter of the tiles one of 32 px costs
-as much as the dense pass.
+ConvNeXt-atto 0.31 / 0.16 / 0.05, ResNet-18 0.52 / 0.33 / 0.18. At a quarter of the tiles a halo of
+32 px costs as much as the dense pass.
 """
 
 import copy
@@ -42,9 +41,9 @@ class SparseCNN(nn.Module):
 
     Args:
         cnn: on one channel, without a classifier; total stride ``tiles.STRIDE``, no BatchNorm.
-        img_size: side of the images in pixels, a multiple of ``tiles.STRIDE``.
-        tiles_per_side: the image is divided into ``tiles_per_side^2`` cells.
-        halo: pixels that a window sees around its cell, at least.
+        img_size: side of the images in pixels.
+        tiles_per_side: the image is divided into ``tiles_per_side^2`` cells, whole strides each.
+        halo: pixels that a window sees around its cell, whole strides.
     """
 
     def __init__(self, cnn: ConvNeXt | ResNet, img_size: int, tiles_per_side: int, halo: int):

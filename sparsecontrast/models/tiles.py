@@ -1,40 +1,25 @@
 """Tiles of an image as pure functions: where they lie, cutting them out, pooling feature maps over them.
 
 An image of S x S pixels is divided into ``tiles x tiles`` cells, numbered row by row. A cell is computed
-inside a *window*: its own pixels and at least ``halo`` more to each side, rounded up to whole strides of
-the network, so that no layer rounds pixels away. Windows lie inside the image: no pixel is made up.
+inside a *window*: its own pixels and ``halo`` more to each side, moved inwards at the edge of the image:
+no pixel is made up. Cells and halo are whole strides of the network, so the feature maps of a window
+lie on those of the whole image; off them a ConvNeXt's features come out wrong by a half and more.
 """
 
 import torch
 from torch import Tensor
 
-STRIDE = 32  # pixels of the image in one of the last feature map, the same for every network here
+from sparsecontrast.levels import STRIDE as STRIDE
 
 
 def window_size(img_size: int, tiles: int, halo: int) -> int:
-    """Side of a window in pixels, a multiple of ``STRIDE``."""
-    return -(-(img_size // tiles + 2 * halo) // STRIDE) * STRIDE
+    """Side of a window in pixels: a tile and two halos, at most the image."""
+    return min(img_size // tiles + 2 * halo, img_size)
 
 
 def window_starts(img_size: int, tiles: int, window: int, halo: int) -> Tensor:
-    """First pixel of each window along one axis: [tiles] long, within 0..img_size - window.
-
-    Among the places that hold the tile and its halo, the one on the coarsest grid of strides: so the
-    window's feature maps fall, as far as they can, onto those of the whole image.
-    """
-    tile, room = img_size // tiles, img_size - window
-    return torch.tensor(
-        [_aligned(i * tile - halo, (i + 1) * tile + halo, window, room) for i in range(tiles)]
-    )
-
-
-def _aligned(first: int, stop: int, window: int, room: int) -> int:
-    low, high = min(max(stop - window, 0), room), max(min(first, room), 0)
-    step = STRIDE
-    while high // step * step < low:
-        step //= 2
-    places = range(-(-low // step) * step, high + 1, step)
-    return min(places, key=lambda place: abs(2 * place - low - high))  # the middle, for an even halo
+    """First pixel of each window along one axis: [tiles] long, within 0..img_size - window."""
+    return (torch.arange(tiles) * (img_size // tiles) - halo).clamp(0, img_size - window)
 
 
 def cut(images: Tensor, kept: Tensor, starts: Tensor, window: int) -> Tensor:
