@@ -100,7 +100,10 @@ def score(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> list[di
 
 
 def _figures(cell: Cell, reference: Cell, replicates: int) -> dict[str, Any]:
-    """Mean over seeds with its interval over patients; the paired difference over patients and seeds."""
+    """Mean over seeds with its interval over patients; the paired difference to dense.
+
+    Its interval over patients and seeds together, over patients alone, and over seeds alone (Student's t).
+    """
     if cell.reason or reference.reason:
         return {"reason": cell.reason or reference.reason}
     whole = probes.bootstrap(cell.scored, replicates, 0)
@@ -111,11 +114,12 @@ def _figures(cell: Cell, reference: Cell, replicates: int) -> dict[str, Any]:
     }  # fmt: skip
     if len(seeds) == len(others):
         paired = probes.paired_bootstrap(cell.scored, reference.scored, replicates, 0)
+        both = probes.seeds_bootstrap(cell.scored, reference.scored, replicates, 0)
         differences = [a - b for a, b in zip(seeds, others, strict=True)]
         low, high = _t_interval(differences)
         figures |= {
-            "minus_dense": round(paired.value, 4), "patients_low": paired.low, "patients_high": paired.high,
-            "seeds_low": low, "seeds_high": high,
+            "minus_dense": round(paired.value, 4), "minus_dense_low": both.low, "minus_dense_high": both.high,
+            "patients_low": paired.low, "patients_high": paired.high, "seeds_low": low, "seeds_high": high,
         }  # fmt: skip
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
 

@@ -10,7 +10,7 @@ Shape letters: N images, D width, M models, R resamples, P patients.
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -190,6 +190,32 @@ def paired_bootstrap(
     counts = _PatientCounts(first, replicates, seed)
     value = mean_auroc(first) - mean_auroc(second)
     return _interval(value, counts.statistics(first) - counts.statistics(second))
+
+
+def seeds_bootstrap(
+    first: Sequence[Scored], second: Sequence[Scored], replicates: int, seed: int
+) -> Interval:
+    """``paired_bootstrap`` over patients and models at once: model i of both sides is of one seed.
+
+    Models of equal weights; a resample draws as many of them as there are, in pairs.
+    """
+    models = len(first[0].scores)
+    if {len(cell.scores) for cell in (*first, *second)} != {models}:
+        raise ValueError("seeds_bootstrap: both sides need the same number of models")
+    drawn = np.random.Generator(np.random.PCG64([seed, models])).multinomial(
+        models, np.full(models, 1 / models), size=replicates
+    )
+    counts, total = _PatientCounts(first, replicates, seed), np.zeros(replicates)
+    for i in range(models):
+        one, other = (
+            [replace(c, scores=c.scores[[i]], weights=np.ones(1)) for c in s] for s in (first, second)
+        )
+        total += drawn[:, i] / models * (counts.statistics(one) - counts.statistics(other))
+    return _interval(mean_auroc(first) - mean_auroc(second), total)
+
+
+def _model(cell: Scored, i: int) -> Scored:
+    return replace(cell, scores=cell.scores[[i]], weights=np.ones(1))
 
 
 class _PatientCounts:

@@ -135,6 +135,23 @@ def test_paired_bootstrap_is_narrower_than_the_parts_and_zero_on_itself():
         probes.paired_bootstrap([a], [a.select(np.arange(200)[::-1])], 10, 0)
 
 
+def test_seeds_bootstrap_resamples_models_in_pairs():
+    a = make_cell(5, n=200, ties=False)
+    models = np.stack([a.scores[0] + k * rng(k).normal(size=200) for k in (1, 2, 3)])
+    one = Scored(models, a.labels, a.patients, a.strata, np.full(3, 1 / 3))
+    worse = Scored(models + rng(9).normal(size=(3, 200)), a.labels, a.patients, a.strata, one.weights)
+    same = probes.seeds_bootstrap([one], [one], 100, 0)
+    assert (same.value, same.low, same.high) == (0, 0, 0)  # models are never compared across seeds
+    both, patients = (f([one], [worse], 400, 0) for f in (probes.seeds_bootstrap, probes.paired_bootstrap))
+    assert both.value == patients.value and both.low < both.value < both.high
+    alike = Scored(np.repeat(models[:1], 3, 0), a.labels, a.patients, a.strata, one.weights)
+    other = Scored(np.repeat(worse.scores[:1], 3, 0), a.labels, a.patients, a.strata, one.weights)
+    whole, only = (f([alike], [other], 400, 0) for f in (probes.seeds_bootstrap, probes.paired_bootstrap))
+    assert (whole.low, whole.high) == pytest.approx((only.low, only.high))  # equal models add nothing
+    with pytest.raises(ValueError, match="same number of models"):
+        probes.seeds_bootstrap([one], [a], 10, 0)
+
+
 def test_knn_equals_sklearn_on_unit_rows():
     g = rng(0)
     train, queries, labels = (
