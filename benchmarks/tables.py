@@ -1,0 +1,189 @@
+"""The tables of the READMEs, made from the committed results: no figure is typed.
+
+    python -m benchmarks.tables [--check]
+
+Rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in ``README.md`` and
+``benchmarks/README.md``; ``--check`` says which files would change, and fails if one would.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+READMES = (HERE / "README.md", HERE.parent / "README.md")
+MARKED = re.compile(r"(<!-- table (?P<name>\S+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+Rows = list[dict[str, Any]]
+OURS = {"sparse_contrast": "**SparseContrast**", "ours": "**ours**", "surprise": "**surprise**"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite or check both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args(argv).check
+    stale = [path for path in READMES if (text := path.read_text()) != fill(text)]
+    for path in stale:
+        print(f"{path.relative_to(HERE.parent)}: {'is stale' if check else 'rewritten'}")
+        if not check:
+            path.write_text(fill(path.read_text()))
+    return int(check and bool(stale))
+
+
+def fill(text: str) -> str:
+    """Put today's tables between the marks.
+
+    Raises:
+        KeyError: no table has a name that is marked.
+    """
+    return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n\n", text)
+
+
+def rows(pattern: str) -> Rows:
+    """Rows of all results whose file name fits, in the order of the names."""
+    return [row for path in sorted(RESULTS.glob(pattern)) for row in json.loads(path.read_text())["rows"]]
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Write a table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
+
+
+def sparsity() -> str:
+    """Time and memory of every contender, one table a model, size and precision."""
+    found: dict[tuple[str, int, str], dict[tuple[str, float, str], dict[str, Any]]] = {}
+    for row in rows("sparsity-*.json"):
+        cell = found.setdefault((row["backbone"], row["size_px"], row["cell"]), {})
+        cell.setdefault((row["method"], row["keep"], row["attention"]), {})[row["phase"]] = row
+    tables = {key: markdown(SPARSITY_HEAD, list(_contenders(cell, key[2]))) for key, cell in found.items()}
+    return "\n\n".join(f"{key[0]}, {key[1]} px, {key[2]}:\n\n{table}" for key, table in tables.items())
+
+
+SPARSITY_HEAD = (
+    "method", "kept", "train x equal", "x stock", "infer x equal", "x stock", "one image x equal", "x stock",
+    "saved", "peak",
+)  # fmt: skip
+SPARSITY_COLUMNS = (
+    ("train", "ratio_equal_precision"), ("train", "ratio_stock_fp32"), ("infer_n", "ratio_equal_precision"),
+    ("infer_n", "ratio_stock_fp32"), ("infer_1", "ratio_equal_precision"), ("infer_1", "ratio_stock_fp32"),
+    ("train", "saved_share_equal_precision"), ("train", "peak_share_equal_precision"),
+)  # fmt: skip
+
+
+def _contenders(cell: dict[tuple[str, float, str], dict[str, Any]], precision: str) -> Iterator[list[str]]:
+    for (method, keep, _), phases in cell.items():
+        one = phases["infer_n"]
+        if method == "dense" and (
+            one["precision"] not in precision or one["compiled"] != ("compiled" in precision)
+        ):
+            continue  # the stock reference, which has its own table
+        name = method.replace("_", " ") + (f" ({one['attention']})" if method == "dense" else "")
+        figures = [phases.get(phase, {}).get(key) for phase, key in SPARSITY_COLUMNS]
+        yield [OURS.get(method, name), f"{keep:.2g}", *("–" if f is None else f"{f:.2f}" for f in figures)]
+
+
+BAR = (("phantoms", 7, "2 and more"), ("multisite", 7, "2 and more"))
+GROUPS = (
+    BAR[0], ("phantoms", 7, "2 to 8"), ("phantoms", 7, "under 2"), ("phantoms", 12, "2 and more"), BAR[1],
+    ("multisite", 7, "all"), ("multisite", 12, "all"),
+)  # fmt: skip
+
+
+def localisation(asked: Sequence[tuple[str, int, str]]) -> str:
+    """Recall over chance of every selector, the mean of the seeds and the worst; how alike choices are."""
+    found = {(r["selector"], r["data"], r["m"], r["group"]): r for r in rows("localisation-cpu.json")}
+    names = {"phantoms": "phantoms", "multisite": "real"}
+    head = ["selector", *(f"{names[data]}, {m} cells, {group}" for data, m, group in asked), "same"]
+    body = []
+    for selector in dict.fromkeys(key[0] for key in found):
+        same = statistics.mean(found[selector, "phantoms", 7, "all"]["sameness"])
+        cells = [_over_chance(found.get((selector, *one))) for one in asked]
+        body.append([OURS.get(selector, selector.replace("_", " ")), *cells, f"{same:.2f}"])
+    return markdown(head, body)
+
+
+def _over_chance(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    ratios = [value / row["chance"] for value in row["recall"]]
+    return f"{statistics.mean(ratios):.2f} ({min(ratios):.2f})"
+
+
+PHANTOMS = (("all findings", "macro"), ("by size", "lesion under 8 patches"), ("by size", "larger lesion"))
+REAL = (("bacterial against viral", None), ("pneumonia against normal", None), ("NIH findings", "macro"))
+
+
+def quality(data: str, asked: Sequence[tuple[str, str | None]]) -> str:
+    """AUROC of every arm and its paired difference to dense, with the interval over patients and seeds."""
+    found: dict[str, Rows] = {}
+    for row in rows("quality-cpu.json"):
+        if row["data"] == data and "auroc" in row:
+            found.setdefault(row["arm"], []).append(row)
+    head = ["arm", "steps", "CPU s"]
+    head += [
+        text for task, label in asked for text in (label if label not in (None, "macro") else task, "− dense")
+    ]
+    body = []
+    for arm, mine in found.items():
+        cells = [text for one in asked for text in _difference(mine, *one)]
+        steps, seconds = (mine[0].get(f"mean_{key}") for key in ("steps", "train_seconds"))
+        told = ["–" if value is None else f"{value:.0f}" for value in (steps, seconds)]
+        body.append([OURS.get(arm, arm.replace("_", " ")), *told, *cells])
+    return markdown(head, body)
+
+
+def _difference(mine: Rows, task: str, label: str | None) -> tuple[str, str]:
+    """AUROC, and the difference with its interval; of a task's only label where ``label`` is None."""
+    row = next((r for r in mine if r["task"] == task and label in (None, r["label"])), None)
+    if row is None:
+        return "–", "–"
+    low, high = row.get("minus_dense_low"), row.get("minus_dense_high")
+    if low is None or high is None:
+        return f"{row['auroc']:.3f}", "–"
+    return f"{row['auroc']:.3f}", f"{row['minus_dense']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def epoch() -> str:
+    """Speed-up of the epoch beside that of its steps."""
+    head = ("size", "precision", "kept", "steps", "epoch", "epoch / steps")
+    figures = ("steps_speedup", "epoch_speedup", "epoch_share")
+    return markdown(
+        head,
+        [
+            [f"{r['size_px']}", r["precision"], f"{r['keep']:g}", *(f"{r[key]:.2f}" for key in figures)]
+            for r in rows("epoch-*.json")
+        ],
+    )
+
+
+def borders() -> str:
+    """Error of a tile's features by halo, over that of what tells tiles apart in brackets; the work last."""
+    found = {(r["network"], r["size"], r["tiles"], r["halo"]): r for r in rows("borders-cpu.json")}
+    halos = sorted({key[3] for key in found})
+    body = []
+    for network, size, count in dict.fromkeys(key[:3] for key in found):
+        mine = [found.get((network, size, count, halo)) for halo in halos]
+        errors = ["–" if r is None else f"{r['error']:.2f} ({r['of_spread']:.2f})" for r in mine]
+        work = " / ".join(f"{r['work']:.2f}" for r in mine if r is not None)
+        body.append([network.replace("_", " "), f"{size} px, {count} x {count}", *errors, work])
+    return markdown(["network", "tiles", *(f"halo {halo} px" for halo in halos), "work"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "sparsity": sparsity,
+    "localisation": lambda: localisation(GROUPS),
+    "localisation-bar": lambda: localisation(BAR),
+    "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
+    "quality-real": lambda: quality("multisite", REAL),
+    "borders": borders,
+    "epoch": epoch,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

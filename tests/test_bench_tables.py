@@ -1,0 +1,35 @@
+"""The READMEs hold what the committed results say."""
+
+import pytest
+
+from benchmarks import tables
+
+
+@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.parent.name)
+def test_no_table_of_a_readme_is_stale(path):
+    text = path.read_text()
+    assert tables.MARKED.search(text) and text.count("<!-- table") == text.count("<!-- end -->")
+    assert tables.fill(text) == text, "run `python -m benchmarks.tables`"
+
+
+def test_every_committed_result_of_a_table_is_shown():
+    shown = {found["name"] for path in tables.READMES for found in tables.MARKED.finditer(path.read_text())}
+    assert shown == {name for name in tables.TABLES if tables.TABLES[name]().count("\n") > 1}
+
+
+def test_an_unknown_table_is_refused_and_text_around_a_table_stays():
+    with pytest.raises(KeyError, match="no_such"):
+        tables.fill("<!-- table no_such -->\n<!-- end -->\n")
+    filled = tables.fill("before\n<!-- table borders -->\nold\n<!-- end -->\nafter\n")
+    assert filled.startswith("before\n<!-- table borders -->\n\n| network |") and "old" not in filled
+    assert filled.endswith("|\n\n<!-- end -->\nafter\n") and tables.fill(filled) == filled
+
+
+def test_a_difference_is_shown_with_its_interval():
+    row = {"task": "t", "label": "a", "auroc": 0.7, "minus_dense": 0.02, "minus_dense_low": -0.01}
+    assert tables._difference([row | {"minus_dense_high": 0.05}], "t", None) == (
+        "0.700",
+        "+0.020 [-0.010, +0.050]",
+    )
+    assert tables._difference([row], "t", "a") == ("0.700", "–")  # pixels are one model: nothing to pair
+    assert tables._difference([row], "t", "b") == ("–", "–")
