@@ -10,7 +10,7 @@ from sparsecontrast.data.dataset import Dataset
 
 NAMES = ("phantoms", "multisite")
 FOCAL = {"nodule", "mass", "consolidation"}  # findings of a phantom that a box bounds well
-SMALL = 8  # patches; a lesion that covers fewer is small
+SMALL = 2  # patches; a lesion whose box covers fewer is small
 
 
 def load_films(name: str, size: int, patch: int, patients: int, root: str | Path, out: str | Path) -> Dataset:

@@ -115,7 +115,7 @@ def _over_chance(row: dict[str, Any] | None) -> str:
     return f"{statistics.mean(ratios):.2f} ({min(ratios):.2f})"
 
 
-PHANTOMS = (("all findings", "macro"), ("by size", "lesion under 8 patches"), ("by size", "larger lesion"))
+PHANTOMS = (("all findings", "macro"), ("by size", "lesion under 2 patches"), ("by size", "larger lesion"))
 REAL = (("bacterial against viral", None), ("pneumonia against normal", None), ("NIH findings", "macro"))
 
 

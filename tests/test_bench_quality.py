@@ -95,7 +95,7 @@ def test_the_table_pairs_every_arm_with_dense(tmp_path):
         quality.train_one(args, TINY, *job)
     rows = quality.score(args, TINY, "phantoms")
     macro = {r["arm"]: r for r in rows if (r["task"], r["label"]) == ("all findings", "macro")}
-    assert {r["label"] for r in rows if r["task"] == "by size"} >= {"lesion under 8 patches", "larger lesion"}
+    assert {r["label"] for r in rows if r["task"] == "by size"} >= {"lesion under 2 patches", "larger lesion"}
     asked = {"ours", "ours, asked dense", "ours, asked int8"}
     assert set(macro) == {"dense", *asked, "random_init", "pixels_16x16"}
     assert macro["dense"]["minus_dense"] == macro["dense"]["seeds_low"] == 0
@@ -111,7 +111,7 @@ def test_lesions_are_asked_for_by_size():
     labels = [[], ["nodule"], ["nodule", "mass"]]
     frame = pd.DataFrame(index=range(3))
     found = labels_by_size(Dataset(np.zeros((3, 1, 1)), frame, boxes, labels, frame), 8)
-    np.testing.assert_array_equal(found["lesion under 8 patches"], [0, 1, np.nan])
+    np.testing.assert_array_equal(found["lesion under 2 patches"], [0, 1, np.nan])
     np.testing.assert_array_equal(found["larger lesion"], [0, np.nan, 1])
 
 
