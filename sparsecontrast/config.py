@@ -97,9 +97,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy of a site; only ``none`` for now."""
+    """Differential privacy of a site, each patient's; ``configs/privacy/dp_sgd.yaml`` explains every field.
 
-    name: Literal["none"]
+    Under ``none`` all others are None. ``delta``, ``noise_multiplier`` and ``insecure_seed`` may be so
+    under ``dp_sgd`` too: chosen by the number of patients, by the planned rounds, and no seed.
+    """
+
+    name: Literal["none", "dp_sgd"]
+    target_epsilon: float | None = None
+    delta: float | None = None
+    max_grad_norm: float | None = None
+    noise_multiplier: float | None = None
+    sample_rate: float | None = None
+    planned_rounds: int | None = None
+    steps_per_round: int | None = None
+    images_per_patient: int | None = None
+    insecure_seed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ DOORS = {
     "flwr": ("server/", "client/", "simulation/"),
     "ray": (),
     "opacus": ("sparsecontrast/privacy.py",),
+    "dp_accounting": ("sparsecontrast/accounting.py",),
     "timm": ("sparsecontrast/models/", "sparsecontrast/export.py", "benchmarks/"),
     "onnx": ("sparsecontrast/export_onnx.py",),
     "onnxruntime": ("sparsecontrast/export_onnx.py",),
@@ -33,11 +34,13 @@ ROOMS = {
     "sparsecontrast/errors.py": (),
     "sparsecontrast/structure.py": ("sparsecontrast.errors",),
     "sparsecontrast/ranges.py": ("sparsecontrast.errors",),
+    "sparsecontrast/accounting.py": ("sparsecontrast.errors", "sparsecontrast.ranges"),
     "sparsecontrast/levels.py": (),
     # the type alone: config imports it, not the other way round
     "sparsecontrast/relations.py": (
         "sparsecontrast.errors",
         "sparsecontrast.levels",
+        "sparsecontrast.ranges",
         "sparsecontrast.config",
     ),
     "sparsecontrast/config.py": (
