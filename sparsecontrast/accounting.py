@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sparsecontrast.errors import BudgetSpentError, ConfigError
+from sparsecontrast.errors import BudgetSpentError
 from sparsecontrast.ranges import MAX_STEPS, NOISE, check_range
 
 INTERVAL = 1e-3  # of the discretised privacy loss
@@ -107,7 +107,7 @@ def calibrate(
 
 
 def _bracket(fits: Callable[[float], bool], guess: float) -> tuple[float, float]:
-    """Return (does not fit, fits), a factor 2 apart; (x, x) where the least noise fits, (x, inf) where none."""
+    """Return (does not fit, fits), a factor 2 apart; (x, x) if the least noise fits, (x, inf) if none."""
     least, most = float(NOISE[0]), float(NOISE[1])
     high = min(guess, most)
     while not fits(high):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsecontrast.errors import ConfigError
+from sparsecontrast.errors import ConfigError, PrivacyError
 from sparsecontrast.ranges import check_ranges
 from sparsecontrast.relations import check_relations
 from sparsecontrast.structure import build
@@ -229,6 +229,20 @@ def check(config: Config) -> None:
     """
     check_ranges(config)
     check_relations(config)
+
+
+def refuse_private_training(config: Config) -> None:
+    """Refuse to train where a promise of privacy would not be kept: no step is clipped or noised yet.
+
+    Raises:
+        PrivacyError: ``privacy`` is not ``none``.
+    """
+    if config.privacy.name != "none":
+        raise PrivacyError(
+            f"privacy={config.privacy.name}: training cannot keep it yet, no gradient is clipped and no noise "
+            "is added, so nothing is trained. `sparsecontrast budget` plans and accounts; train only with "
+            "privacy=none, if weights that may leak their data are acceptable"
+        )
 
 
 def split_overrides(text: str) -> list[str]:

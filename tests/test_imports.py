@@ -29,6 +29,9 @@ FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "s
 DATA = ("sparsecontrast.data",)
 MODELS = ("sparsecontrast.models",)
 METHODS = (*MODELS, "sparsecontrast.losses", "sparsecontrast.methods")
+BOOK = ("sparsecontrast.errors",) + tuple(
+    f"sparsecontrast.{name}" for name in ("accounting", "chain", "cohorts", "policy")
+)
 LIBRARY = ("sparsecontrast",)
 ROOMS = {
     "sparsecontrast/errors.py": (),
@@ -53,9 +56,13 @@ ROOMS = {
     "sparsecontrast/models/": (*ERRORS, *MODELS, "sparsecontrast.levels"),
     "sparsecontrast/losses.py": ERRORS,
     "sparsecontrast/methods/": (*ERRORS, *METHODS),
+    "sparsecontrast/cohorts.py": ("sparsecontrast.errors", "sparsecontrast.accounting"),
+    "sparsecontrast/policy.py": ("sparsecontrast.errors", "sparsecontrast.config"),
+    "sparsecontrast/chain.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
+    "sparsecontrast/book.py": BOOK,
     "sparsecontrast/payload.py": FILE_ROOMS,
     "sparsecontrast/checkpoint.py": FILE_ROOMS,
-    "sparsecontrast/ledger.py": FILE_ROOMS,
+    "sparsecontrast/ledger.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.book"),
     "sparsecontrast/privacy.py": FILE_ROOMS,
     "sparsecontrast/trainer.py": (*FILE_ROOMS, *DATA, *METHODS, "sparsecontrast.privacy"),
     "sparsecontrast/": LIBRARY,
