@@ -9,6 +9,7 @@ shown here.
 
 import argparse
 import multiprocessing
+import multiprocessing.context
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks.record import print_table, write_result
 from sparsecontrast.accounting import Charge, epsilon
 from sparsecontrast.cohorts import cohort_of
+from sparsecontrast.database import Database
 from sparsecontrast.errors import BudgetSpentError, LedgerError
 from sparsecontrast.ledger import Ledger
 from sparsecontrast.policy import Policy
@@ -45,6 +47,7 @@ class Faulty(Ledger):
     def __init__(self, folder: Path, point: str, after: int):
         super().__init__(folder)
         self.point, self.after = point, after
+        self.database.commit = self.commit
 
     def reach(self, point: str) -> None:
         """Die here, if it is time."""
@@ -58,10 +61,18 @@ class Faulty(Ledger):
         self.reach("inserted")
         return row
 
-    def _commit(self, db: Any) -> None:
+    def commit(self, db: Any) -> None:
+        """Commit, and die before or after."""
         self.reach("before commit")
-        super()._commit(db)
+        Database.commit(self.database, db)
         self.reach("after commit")
+
+
+def workers() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from one that has imported everything: a crash then costs a fraction of a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "dp_accounting.pld.privacy_loss_distribution"])
+    return context
 
 
 def train(folder: Path, run: str, point: str, after: int, target: float) -> None:
@@ -130,8 +141,7 @@ def crash(point: str, wanted: int, folder: Path, seed: int) -> dict[str, Any]:
 
 def _attempt(point: str, site: Path, target: float, draw: random.Random) -> list[int]:
     """Start one, two or three processes, kill what is to be killed from outside, and wait."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "dp_accounting.pld.privacy_loss_distribution"])
+    context = workers()
     number = {"race of two": 2, "race of three": 3}.get(point, 1)
     runs: list[BaseProcess] = [
         context.Process(target=train, args=(site, f"run-{i}", point, draw.randint(1, 4), target))
@@ -179,7 +189,9 @@ def _die_before_rename(ledger: Faulty) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the matrix; 0 if nothing was ever released that was not charged."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--crashes", type=int, default=30, help="at each point; default 30")
     parser.add_argument("--quick", action="store_true", help="2 at each point")
     parser.add_argument("--seed", type=int, default=0)

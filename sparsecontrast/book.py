@@ -135,7 +135,9 @@ def read_book(rows: Sequence[Row], members: Mapping[str, bytes], where: object) 
             name = told["cohort"]
             blob = members.get(name, b"")
             if fingerprint(blob) != name or len(blob) != DIGEST * told["patients"]:
-                raise LedgerError(f"{where}: row {row.number}: the list of its patients was changed or dropped")
+                raise LedgerError(
+                    f"{where}: row {row.number}: the list of its patients was changed or dropped"
+                )
             policies[name] = Policy(**told["policy"])
         elif row.kind == "charge":
             kind = Charge(told["noise_multiplier"], told["sample_rate"], told["steps"])

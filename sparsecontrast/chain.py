@@ -129,4 +129,4 @@ def write_head(path: Path, head: Head) -> None:
 
 
 def _digest(number: int, previous: str, kind: str, body: str) -> str:
-    return hashlib.sha256("\n".join((str(number), previous, kind, body)).encode()).hexdigest()
+    return hashlib.sha256(f"{number}\n{previous}\n{kind}\n{body}".encode()).hexdigest()

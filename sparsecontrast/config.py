@@ -239,7 +239,7 @@ def refuse_private_training(config: Config) -> None:
     """
     if config.privacy.name != "none":
         raise PrivacyError(
-            f"privacy={config.privacy.name}: training cannot keep it yet, no gradient is clipped and no noise "
+            f"privacy={config.privacy.name}: training cannot keep it yet: no gradient is clipped, no noise "
             "is added, so nothing is trained. `sparsecontrast budget` plans and accounts; train only with "
             "privacy=none, if weights that may leak their data are acceptable"
         )

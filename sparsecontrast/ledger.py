@@ -10,12 +10,10 @@ Not seen: the deletion of ledger, head and pseudonym key together, and a machine
 write-ahead log needs a local disk; on a network share its locks may not hold.
 """
 
-import contextlib
 import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +23,13 @@ from sparsecontrast.accounting import Charge
 from sparsecontrast.book import Book, read_book
 from sparsecontrast.chain import Head, Row, check_chain, check_head, next_row, read_head, write_head
 from sparsecontrast.cohorts import Cohort
-from sparsecontrast.durable import sync_folder
-from sparsecontrast.errors import ConfigError, LedgerError, StorageError
+from sparsecontrast.config import Config
+from sparsecontrast.database import Database
+from sparsecontrast.errors import ConfigError, LedgerError
 from sparsecontrast.policy import Policy
 
 FILE = "ledger.sqlite"
 HEAD = "ledger.head.json"
-WAIT = 120.0  # seconds for another process's reservation, which takes less than one
 TABLES = (
     "CREATE TABLE IF NOT EXISTS chain (number INTEGER PRIMARY KEY, previous TEXT NOT NULL, "
     "kind TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL)",
@@ -72,6 +70,7 @@ class Ledger:
 
     def __init__(self, folder: Path):
         self.path, self.head = Path(folder) / FILE, Path(folder) / HEAD
+        self.database = Database(self.path)
 
     def reserve(self, run: str, round_number: int, cohort: Cohort, policy: Policy, charge: Charge) -> Receipt:
         """Charge a whole round, durably; only after it has returned may noise be drawn.
@@ -93,7 +92,7 @@ class Ledger:
         if not (0 < len(run) <= 200 and round_number >= 1):
             raise ConfigError(f"run {run[:20]!r}, round {round_number}: needs a name and a number from 1")
         self._begin_if_new(cohort.key_check)
-        with self._transaction() as db:
+        with self.database.transaction() as db:
             book = self._read(db)
             self._check_key(book, cohort)
             policy = book.settled(cohort, policy)
@@ -142,7 +141,7 @@ class Ledger:
         if not self.path.exists():
             self._refuse_missing(head)
             raise LedgerError(f"{self.path}: no ledger; it is made by the first private round")
-        with self._connected() as db:
+        with self.database.connected() as db:
             return self._read(db, head)
 
     def verify(self) -> Head:
@@ -152,7 +151,7 @@ class Ledger:
             LedgerError: names the first row that is broken, or says what is missing.
         """
         book = self.read()
-        with self._connected() as db:
+        with self.database.connected() as db:
             if (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
                 raise LedgerError(f"{self.path}: damaged pages ({found}); restore it as it last was")
         return self._head(book.rows)
@@ -171,7 +170,7 @@ class Ledger:
             raise ConfigError("--adopt: say why, such as 'moved to new server, old disk destroyed'")
         if not self.path.exists():
             self.read()
-        with self._transaction() as db:
+        with self.database.transaction() as db:
             book = self._read(db, adopting=True)
             self._append(db, book.rows, "adopted", {"reason": reason[:500], "time": _now()})
         self._witness(adopting=True)
@@ -182,11 +181,8 @@ class Ledger:
         if head is not None and self.path.exists():
             return
         self._refuse_missing(head)
-        with _storage(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch(mode=0o600)
-            sync_folder(self.path.parent)
-        with self._transaction() as db:
+        self.database.create()
+        with self.database.transaction() as db:
             for table in TABLES:
                 db.execute(table)
             rows = self._rows(db)
@@ -201,8 +197,8 @@ class Ledger:
     def _refuse_missing(self, head: Head | None) -> None:
         if head is not None and head.count > 1 and not self.path.exists():
             raise LedgerError(
-                f"{self.path}: missing, but it had {head.count} rows: what was spent is not known, so nothing "
-                f"more may be. Restore it from a backup; {self.head.name} says whether it is the newest"
+                f"{self.path}: missing, but it had {head.count} rows: what was spent is not known, so "
+                f"nothing more may be. Restore it from a backup; {self.head.name} tells if it is the newest"
             )
 
     def _read(self, db: sqlite3.Connection, head: Head | None = None, adopting: bool = False) -> Book:
@@ -249,7 +245,7 @@ class Ledger:
 
         A crash before it leaves a head that is behind: rows it does not know were charged and not run.
         """
-        with self._transaction() as db:
+        with self.database.transaction() as db:
             rows, head = self._rows(db), read_head(self.head)
             if new and head is not None and head.count > 1:
                 return  # another process began it, and has charged since
@@ -263,63 +259,20 @@ class Ledger:
         """The file's number: kept when it is renamed, another for every copy."""
         return os.stat(self.path).st_ino
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Hold the one write lock; commit at the end, or leave everything as it was."""
-        with self._connected() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                self._commit(db)
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
 
-    def _commit(self, db: sqlite3.Connection) -> None:
-        db.execute("COMMIT")
+def ledger_of(config: Config, state_dir: Path) -> Ledger:
+    """Return the ledger in a site's folder of durable state.
 
-    @contextlib.contextmanager
-    def _connected(self) -> Iterator[sqlite3.Connection]:
-        with _storage(self.path):
-            uri = f"{self.path.absolute().as_uri()}?mode=rw"  # never makes a file
-            db = sqlite3.connect(uri, uri=True, timeout=WAIT, isolation_level=None)
-            try:
-                _durable(db)
-                yield db
-            finally:
-                db.close()
-
-
-def _durable(db: sqlite3.Connection) -> None:
-    """Write ahead, and wait for the disk at every commit."""
-    until = time.monotonic() + WAIT
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            break
-        except sqlite3.OperationalError as error:  # the change of mode does not wait for a lock by itself
-            if "locked" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-    db.execute("PRAGMA synchronous=FULL")
-
-
-@contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    """Tell a disk that does not take a row from a file that is no ledger any more."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "no such table" in str(error):
-            raise LedgerError(f"{path}: no ledger any more ({error}); restore it as it last was") from error
-        raise StorageError(
-            f"{path}: {error}; nothing may be run on it. Free some space or wait for the other process"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise LedgerError(f"{path}: damaged ({error}); restore it as it last was") from error
-    except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}") from error
+    Raises:
+        ConfigError: that folder is a run's own, though the patients are real: each new ``output_dir``
+            would begin with a whole budget.
+    """
+    if config.site.state_dir is None and config.data.kind != "phantom":
+        raise ConfigError(
+            "site.state_dir=null: a privacy budget belongs to patients, but this folder to one run, and the "
+            "next would begin at zero; set site.state_dir to a folder that stays"
+        )
+    return Ledger(state_dir)
 
 
 def _now() -> str:

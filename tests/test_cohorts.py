@@ -26,7 +26,7 @@ def test_a_cohort_is_its_set_of_patients():
     assert cohort_of("abd", KEY).fingerprint != one.fingerprint
     other = cohort_of("abc", b"l" * 32)
     assert not set(other.digests) & set(one.digests) and other.key_check != one.key_check
-    assert all(len(d) == DIGEST and b"a" != d for d in one.digests)
+    assert all(len(d) == DIGEST and d != b"a" for d in one.digests)
     with pytest.raises(EmptySiteError):
         cohort_of([], KEY)
 

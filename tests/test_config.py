@@ -178,12 +178,19 @@ def test_every_experiment_states_its_command_duration_and_number(path):
 
 def test_a_private_site_says_what_it_promises():
     config = compose("privacy=dp_sgd privacy.target_epsilon=3").privacy
-    assert (config.name, config.target_epsilon, config.delta, config.noise_multiplier) == ("dp_sgd", 3, None, None)
+    assert (config.name, config.target_epsilon, config.delta, config.noise_multiplier) == (
+        "dp_sgd",
+        3,
+        None,
+        None,
+    )
     assert as_dict(compose().privacy) == {k: None for k in as_dict(config)} | {"name": "none"}
     for key in ("target_epsilon", "max_grad_norm", "sample_rate", "planned_rounds", "images_per_patient"):
         with pytest.raises(ConfigError, match=rf"privacy\.{key}: must not be null under privacy=dp_sgd"):
             compose(["privacy=dp_sgd", f"privacy.{key}=null"])
-    with pytest.raises(ConfigError, match="planned_rounds x privacy.steps_per_round = 1000000000: must be at"):
+    with pytest.raises(
+        ConfigError, match="planned_rounds x privacy.steps_per_round = 1000000000: must be at"
+    ):
         compose("privacy=dp_sgd privacy.planned_rounds=1000000 privacy.steps_per_round=1000")
 
 
