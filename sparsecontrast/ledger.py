@@ -6,8 +6,9 @@ round of the same run, reserved again, is another attempt and is charged again. 
 name, and therefore none to be abused. ``cohorts.py`` says whom a charge burdens, ``policy.py`` what can no
 longer change, ``chain.py`` what proves that nothing was taken away.
 
-Not seen: the deletion of ledger, head and pseudonym key together, and a machine put back as a whole. SQLite's
-write-ahead log needs a local disk; on a network share its locks may not hold.
+Not seen: ledger and head deleted together, and a machine put back as a whole; against these helps only a
+head noted elsewhere (``sparsecontrast budget --verify``, ``--noted``). SQLite's write-ahead log needs a local
+disk; on a network share its locks may not hold.
 """
 
 import os
