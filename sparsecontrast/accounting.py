@@ -17,6 +17,8 @@ from sparsecontrast.ranges import MAX_STEPS, NOISE, check_range
 
 INTERVAL = 1e-3  # of the discretised privacy loss
 PRECISION = 1e-3  # relative, of a calibrated noise multiplier
+REMEMBERED = 32  # compositions, of about a megabyte each
+_remembered: "dict[tuple[Charge, ...], Any]" = {}
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,23 @@ def _epsilon(kinds: tuple[Charge, ...], delta: float) -> float:
     return float(_composition(kinds).get_epsilon_for_delta(delta))
 
 
-@functools.lru_cache(maxsize=32)
 def _composition(kinds: tuple[Charge, ...]) -> Any:
-    """Compose all but the last kind, as a rule from memory, then the last."""
-    last = kinds[-1]
-    alone = _step(last.noise_multiplier, last.sample_rate).self_compose(last.steps)
-    return _composition(kinds[:-1]).compose(alone) if len(kinds) > 1 else alone
+    """Compose the kinds in order, going on from the longest beginning that is remembered."""
+    done = next((n for n in range(len(kinds), 0, -1) if kinds[:n] in _remembered), 0)
+    total = _remember(kinds[:done], _remembered.pop(kinds[:done])) if done else None
+    for n in range(done, len(kinds)):
+        alone = _step(kinds[n].noise_multiplier, kinds[n].sample_rate).self_compose(kinds[n].steps)
+        total = alone if total is None else total.compose(alone)
+        if n + 2 >= len(kinds):  # the next round changes the last kind, or adds one
+            _remember(kinds[: n + 1], total)
+    return total
+
+
+def _remember(kinds: tuple[Charge, ...], total: Any) -> Any:
+    _remembered[kinds] = total
+    while len(_remembered) > REMEMBERED:
+        del _remembered[next(iter(_remembered))]  # used longest ago
+    return total
 
 
 @functools.lru_cache(maxsize=32)

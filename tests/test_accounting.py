@@ -135,3 +135,13 @@ def test_the_last_kind_alone_is_composed_anew(monkeypatch):
     assert len(made) == 5
     epsilon([*kinds, kinds[-1]], 1e-5)
     assert made[5:] == [(kinds[-1].noise_multiplier, 0.017)]
+
+
+def test_more_kinds_than_are_remembered(monkeypatch):
+    monkeypatch.setattr(accounting, "REMEMBERED", 2)
+    kinds = [Charge(8 + i / 64, 0.017, 20) for i in range(12)]
+    together = epsilon(kinds, 1e-5)
+    for start in (3, 5):
+        epsilon(kinds[start:], 1e-5)
+    accounting._epsilon.cache_clear()
+    assert epsilon(kinds, 1e-5) == together and len(accounting._remembered) == 2
