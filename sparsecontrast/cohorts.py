@@ -68,6 +68,7 @@ def fingerprint(members: bytes) -> str:
     return hashlib.sha256(members).hexdigest()
 
 
+@functools.lru_cache(maxsize=8)
 def split(members: bytes) -> frozenset[bytes]:
     """Take joined digests apart."""
     return frozenset(members[i : i + DIGEST] for i in range(0, len(members), DIGEST))
@@ -75,7 +76,7 @@ def split(members: bytes) -> frozenset[bytes]:
 
 def overlapping(digests: Iterable[bytes], known: Mapping[str, frozenset[bytes]]) -> list[str]:
     """Name the known cohorts with a common patient."""
-    digests = set(digests)
+    digests = frozenset(digests)
     return [name for name, members in known.items() if not members.isdisjoint(digests)]
 
 
@@ -93,9 +94,7 @@ def worst_histories(
         Histories of which none contains another, at least one; every patient's is contained in one.
         Beyond ``MAX_HISTORIES`` a single one that contains all.
     """
-    near = {name: known[name] for name in overlapping(digests, known)}
-    signatures = {tuple(name for name, members in near.items() if d in members) for d in digests}
-    seen = {merged(c for name, c in charges if name in signature) for signature in signatures}
+    seen = {merged(charge for name, charge in charges if name in names) for names in _alike(digests, known)}
     counts = {history: {(c.noise_multiplier, c.sample_rate): c.steps for c in history} for history in seen}
     worst: list[tuple[Charge, ...]] = []
     # by falling number of steps: who is contained in another comes after it
@@ -106,6 +105,16 @@ def worst_histories(
         return worst
     kinds = {kind: max(c.get(kind, 0) for c in counts.values()) for kind in _kinds(worst)}
     return [tuple(Charge(*kind, steps) for kind, steps in kinds.items())]
+
+
+def _alike(digests: Iterable[bytes], known: Mapping[str, frozenset[bytes]]) -> list[frozenset[str]]:
+    """Name the cohorts of each kind of patient: two are alike who were in the same ones."""
+    groups = {frozenset[str](): frozenset(digests)}
+    for name, members in known.items():
+        inside = {names | {name}: group & members for names, group in groups.items()}
+        outside = {names: group - members for names, group in groups.items()}
+        groups = {names: group for names, group in (inside | outside).items() if group}
+    return list(groups)
 
 
 def _kinds(histories: Iterable[tuple[Charge, ...]]) -> list[tuple[float, float]]:
