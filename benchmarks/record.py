@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "timm", "flwr", "opacus", "numpy", "pandas", "scikit-learn", "pillow", "pydicom")
+PACKAGES = (
+    "torch", "timm", "flwr", "opacus", "dp-accounting",
+    "numpy", "pandas", "scikit-learn", "pillow", "pydicom",
+)  # fmt: skip
 Row = Mapping[str, Any]
 
 

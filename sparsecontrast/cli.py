@@ -1,14 +1,17 @@
-"""``sparsecontrast`` index | pretrain | evaluate | report | export | phantom.
+"""``sparsecontrast`` index | pretrain | evaluate | report | export | budget | phantom.
 
 Heavy imports happen inside the commands, so that ``--help`` answers at once. Every error a user can
-cause ends as one line on stderr and exit status 2.
+cause ends as one line on stderr and exit status 2. ``budget`` alone has one more: 3, nothing is wrong, but
+what is left does not pay for another round.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparsecontrast.errors import ConfigError, SparseContrastError, StorageError
 
@@ -17,7 +20,7 @@ SHEET_PIXELS = 80_000_000  # above 89 million Pillow takes a picture for a bomb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Run the command line; returns its status: 0, 2 a user's error, 3 no budget left, 130 interrupted."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     # overrides may also stand after an option, where argparse no longer expects them
@@ -26,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if more:
         options.overrides = [*options.overrides, *more]
     try:
-        options.run(options)
+        return options.run(options) or 0
     except SparseContrastError as error:
         print(f"error [{error.code}]: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -36,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a table went away
         sys.stderr.close()
         return 0
-    return 0
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -109,6 +111,71 @@ def _export(options: argparse.Namespace) -> None:
         _table(["onnxruntime, one thread", "batch", "ms per image"], times)
     cells = f"{keep['fine_cells']} of {keep['cells']} cells fine"
     print(f"{options.out}: round {record['round']}, {cells}, every file checked against the run")
+
+
+def _budget(options: argparse.Namespace) -> int:
+    from sparsecontrast import budget
+
+    if not options.folders and not options.plan:
+        raise ConfigError("budget: give a site's state folder, or --plan EPSILON ROUNDS Q")
+    ledgers, told = budget.find_ledgers(options.folders), {}
+    if options.adopt is not None:
+        for ledger in ledgers:
+            ledger.adopt(options.adopt)
+    if options.plan:
+        epsilon, rounds, q = options.plan
+        if not isinstance(rounds, int):
+            raise ConfigError(f"--plan: ROUNDS={rounds:g} must be a whole number")
+        books = [ledger.read() for ledger in ledgers] or [None]
+        told["plans"] = [budget.plan(epsilon, rounds, q, options.steps, options.delta, b) for b in books]
+    elif options.verify or options.noted:
+        told["verified"] = [budget.verify(ledger, options.noted) for ledger in ledgers]
+    else:
+        told["ledgers"] = [budget.statement(ledger) for ledger in ledgers]
+    if options.json:
+        print(json.dumps(told, indent=1))
+    else:
+        _print_budget(told)
+    return 3 if budget.any_spent(told.get("ledgers", [])) else 0
+
+
+def _print_budget(told: dict[str, list[dict[str, Any]]]) -> None:
+    for p in told.get("plans", []):
+        print(
+            f"noise_multiplier {p['noise_multiplier']:g}: {p['rounds']} rounds x {p['steps_per_round']} "
+            f"steps at sample_rate {p['sample_rate']:g}, on top of epsilon {p['spent']:.3f}, end at "
+            f"{p['epsilon']:.3f} of {p['target_epsilon']:g} (delta {p['delta']:g})"
+        )
+    for v in told.get("verified", []):
+        print(f"{v['folder']}: whole. To prove it again later, note: --noted {v['rows']}:{v['hash']}")
+    for site in told.get("ledgers", []):
+        print(f"{site['folder']}: {site['rows']} rows, head {site['rows']}:{site['hash'][:16]}")
+        head = ["cohort", "patients", "epsilon", "of", "delta", "left", "next round", "rounds left"]
+        rows = [
+            [c["cohort"][:8], str(c["patients"]), f"{c['epsilon']:.3f}", f"{c['target_epsilon']:g}",
+             f"{c['delta']:g}", f"{c['left']:.3f}", f"{c['next_round']:.3f}", str(c["rounds_left"])]
+            for c in site["cohorts"]
+        ]  # fmt: skip
+        _table(head, rows)
+        head = ["run", "cohort", "rounds", "charged", "steps", "sigma", "q", "epsilon alone", "last"]
+        rows = [
+            [r["run"], r["cohort"][:8], str(r["rounds"]), str(r["charged"]), str(r["steps"]),
+             _numbers(r["noise_multiplier"]), _numbers(r["sample_rate"]), f"{r['epsilon_alone']:.3f}",
+             r["last"]]
+            for r in site["runs"]
+        ]  # fmt: skip
+        _table(head, rows)
+        for adopted in site["adopted"]:
+            print(f"adopted {adopted['time']}: {adopted['reason']}")
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{v:g}" for v in values)
+
+
+def _planned(text: str) -> float | int:
+    # --plan EPSILON ROUNDS Q mixes both
+    return int(text) if text.isdecimal() else float(text)
 
 
 def _share(text: str) -> str | float:
@@ -211,6 +278,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
     export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")
 
+    _budget_options(
+        _command(commands, "budget", _budget, "tell what privacy was spent, and plan what may be")
+    )
+
     phantom = _command(commands, "phantom", _phantom, "draw a contact sheet of procedural radiographs")
     phantom.add_argument("--out", type=Path, required=True, metavar="FILE.png")
     for name, default in (("sites", 5), ("patients", 8), ("size", 224), ("seed", 0)):
@@ -222,6 +293,32 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
     return command
+
+
+def _budget_options(budget: argparse.ArgumentParser) -> None:
+    budget.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="a site's state_dir, or a folder of such"
+    )
+    budget.add_argument(
+        "--plan",
+        nargs=3,
+        type=_planned,
+        metavar=("EPSILON", "ROUNDS", "Q"),
+        help="the least noise with which these rounds fit, after what FOLDER's newest cohort has spent",
+    )
+    budget.add_argument("--steps", type=int, default=1, metavar="N", help="noisy steps a round; default 1")
+    budget.add_argument(
+        "--delta", type=float, default=1e-5, help="of a plan without FOLDER; below 1/patients; default 1e-5"
+    )
+    budget.add_argument("--verify", action="store_true", help="prove that no row was changed or taken away")
+    budget.add_argument("--noted", metavar="ROW:HASH", help="and that this one, noted before, is still there")
+    budget.add_argument(
+        "--adopt",
+        metavar="REASON",
+        help="accept a ledger that was moved to another disk; vouches that the original is gone",
+    )
+    budget.add_argument("--json", action="store_true", help="print JSON")
+    budget.epilog = "Exit status: 0 in order, 2 an error or a broken ledger, 3 no further round fits."
 
 
 def _run_folder(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsecontrast.errors import ConfigError
+from sparsecontrast.errors import ConfigError, PrivacyError
 from sparsecontrast.ranges import check_ranges
 from sparsecontrast.relations import check_relations
 from sparsecontrast.structure import build
@@ -97,9 +97,22 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy of a site; only ``none`` for now."""
+    """Differential privacy of a site, each patient's; ``configs/privacy/dp_sgd.yaml`` explains every field.
 
-    name: Literal["none"]
+    Under ``none`` all others are None. ``delta``, ``noise_multiplier`` and ``insecure_seed`` may be so
+    under ``dp_sgd`` too: chosen by the number of patients, by the planned rounds, and no seed.
+    """
+
+    name: Literal["none", "dp_sgd"]
+    target_epsilon: float | None = None
+    delta: float | None = None
+    max_grad_norm: float | None = None
+    noise_multiplier: float | None = None
+    sample_rate: float | None = None
+    planned_rounds: int | None = None
+    steps_per_round: int | None = None
+    images_per_patient: int | None = None
+    insecure_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +229,20 @@ def check(config: Config) -> None:
     """
     check_ranges(config)
     check_relations(config)
+
+
+def refuse_private_training(config: Config) -> None:
+    """Refuse to train where a promise of privacy would not be kept: no step is clipped or noised yet.
+
+    Raises:
+        PrivacyError: ``privacy`` is not ``none``.
+    """
+    if config.privacy.name != "none":
+        raise PrivacyError(
+            f"privacy={config.privacy.name}: training cannot keep it yet: no gradient is clipped, no noise "
+            "is added, so nothing is trained. `sparsecontrast budget` plans and accounts; train only with "
+            "privacy=none, if weights that may leak their data are acceptable"
+        )
 
 
 def split_overrides(text: str) -> list[str]:

@@ -14,6 +14,10 @@
     │   ├── BackboneMismatchError       backbone_mismatch  weights of another architecture
     │   └── ExportError                 export          an exported model that is not the run's
     ├── MethodError                     method          a loss that cannot be computed as asked
+    ├── PrivacyError                    privacy         what was asked for would not be private
+    │   ├── BudgetSpentError            budget_spent    a round that would exceed a patient's epsilon
+    │   ├── PolicyError                 privacy_policy  another epsilon, delta or norm than agreed
+    │   └── LedgerError                 ledger          a ledger that is torn, missing, old or a copy
     ├── PayloadError                    payload_*       what arrived may not be aggregated
     ├── StorageError                    storage         full disk, read-only folder
     │   └── CheckpointError             checkpoint      torn, foreign or missing round file
@@ -110,6 +114,30 @@ class MethodError(SparseContrastError):
     """A method cannot compute its loss on what it was given."""
 
     code = "method"
+
+
+class PrivacyError(SparseContrastError):
+    """What was asked for would not be as private as it says."""
+
+    code = "privacy"
+
+
+class BudgetSpentError(PrivacyError):
+    """A round would exceed the epsilon of the patients whom it would see; nothing was charged."""
+
+    code = "budget_spent"
+
+
+class PolicyError(PrivacyError):
+    """A privacy policy is impossible for its cohort, or not the one agreed for its patients."""
+
+    code = "privacy_policy"
+
+
+class LedgerError(PrivacyError):
+    """The ledger cannot be trusted: torn, missing, rolled back, edited, or a copy of another."""
+
+    code = "ledger"
 
 
 class PayloadError(SparseContrastError):

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from sparsecontrast import checkpoint, overrides
-from sparsecontrast.config import Config, anchored, as_dict
+from sparsecontrast.config import Config, anchored, as_dict, refuse_private_training
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, TooFewImagesError
@@ -40,7 +40,9 @@ def pretrain(config: Config, show: bool = True) -> Path:
             would make it another run.
         TooFewImagesError: fewer training images than ``data.min_images``.
         CheckpointError: nothing whole to continue from.
+        PrivacyError: it would not be as private as configured.
     """
+    refuse_private_training(config)
     resumed = config.resume is not None
     if resumed:
         config, _ = resolve(overrides.merge(config.overrides, [overrides.assign("resume", config.resume)]))

@@ -11,6 +11,7 @@ from sparsecontrast.errors import ConfigError
 
 INF = float("inf")  # as an open end: any finite number; ``structure.build`` lets no other through
 MANY = 10**9  # of things that are only counted
+MAX_STEPS = 10**7  # of noisy training: the privacy loss of more no longer fits into memory
 PIXELS = 8192  # of a side: the largest detectors have about half of it
 
 Bounds = tuple[float, float, Literal["[]", "[)", "(]", "()"]]
@@ -19,6 +20,7 @@ Bounds = tuple[float, float, Literal["[]", "[)", "(]", "()"]]
 SHARE: Bounds = (0, 1, "[]")
 WEIGHT: Bounds = (0, INF, "[)")
 COUNT: Bounds = (1, MANY, "[]")
+NOISE: Bounds = (0.1, 1000, "[]")  # below no guarantee means anything, above the accountant's grid is coarse
 SEED: Bounds = (0, 2**63 - 1, "[]")  # torch takes no more bits, numpy no sign
 
 RANGES: dict[str, Bounds] = {
@@ -54,6 +56,15 @@ RANGES: dict[str, Bounds] = {
     "data.phantom.patients_per_site": (1, 100_000, "[]"),
     "data.phantom.images_per_patient": (1, 100_000, "[]"),
     "data.phantom.seed": SEED,
+    "privacy.target_epsilon": (0, 1000, "(]"),
+    "privacy.delta": (0, 1, "()"),
+    "privacy.max_grad_norm": (0, INF, "()"),
+    "privacy.noise_multiplier": NOISE,
+    "privacy.sample_rate": (0, 1, "(]"),
+    "privacy.planned_rounds": COUNT,
+    "privacy.steps_per_round": COUNT,
+    "privacy.images_per_patient": COUNT,
+    "privacy.insecure_seed": SEED,
     "federation.rounds": COUNT,
     "federation.sites": COUNT,
     "federation.fraction": (0, 1, "(]"),

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.levels import STRIDE, stack_grids
+from sparsecontrast.ranges import MAX_STEPS
 
 if TYPE_CHECKING:
     from sparsecontrast.config import Config
 
 BASELINES = ("pixels", "random_init", "local_only", "centralised")
 """What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
+
+CHOSEN = ("delta", "noise_multiplier", "insecure_seed")
+"""What may be null under ``privacy=dp_sgd``: chosen by the number of patients, by the plan, and none."""
 
 Relations = list[tuple[bool, str]]
 """Whether each holds, and what is said where it does not."""
@@ -25,7 +29,7 @@ def check_relations(config: "Config") -> None:
         ConfigError: the first relation that does not hold.
     """
     kind = _vit_relations if config.backbone.tiles is None else _cnn_relations
-    for relations in (kind, _relations, _evaluation_relations):
+    for relations in (kind, _relations, _privacy_relations, _evaluation_relations):
         for holds, message in relations(config):
             if not holds:
                 raise ConfigError(message)
@@ -103,6 +107,23 @@ def _relations(config: "Config") -> Relations:
         (
             0 < d.val_fraction + d.test_fraction < 1,
             "data.val_fraction + data.test_fraction: must be in (0, 1)",
+        ),
+    ]
+
+
+def _privacy_relations(config: "Config") -> Relations:
+    """A number under ``none`` would look like privacy; without one, ``dp_sgd`` would promise nothing."""
+    p = config.privacy
+    told = [f"privacy.{key}={v}" for key, v in vars(p).items() if key != "name" and v is not None]
+    if p.name == "none":
+        return [(not told, f"{', '.join(told)}: means nothing under privacy=none; choose privacy=dp_sgd")]
+    missing = [f"privacy.{key}" for key, v in vars(p).items() if v is None and key not in CHOSEN]
+    steps = (p.planned_rounds or 0) * (p.steps_per_round or 0)
+    return [
+        (not missing, f"{', '.join(missing)}: must not be null under privacy={p.name}"),
+        (
+            steps <= MAX_STEPS,
+            f"privacy.planned_rounds x privacy.steps_per_round = {steps}: must be at most {MAX_STEPS}",
         ),
     ]
 

@@ -13,7 +13,7 @@ from sparsecontrast.config import (
     site_state_dir,
     split_overrides,
 )
-from sparsecontrast.errors import ConfigError
+from sparsecontrast.errors import ConfigError, PrivacyError
 from sparsecontrast.ranges import RANGES, check_range
 
 
@@ -66,6 +66,8 @@ def test_one_string_of_overrides_as_flower_carries_it():
         ("evaluation.keep=nan", "evaluation.keep=nan"),
         ("evaluation.baselines=[pixels,foo]", r"\['foo'\]; known: pixels"),
         ("evaluation.label_fractions=[]", "evaluation.label_fractions"),
+        ("privacy.target_epsilon=3", "means nothing under privacy=none; choose privacy=dp_sgd"),
+        ("privacy.insecure_seed=0", "privacy.insecure_seed=0: means nothing under privacy=none"),
         ("seed=0.5", "seed"),
         ("selection=best", "selection"),
         ("seed", "seed"),
@@ -172,6 +174,40 @@ def test_every_config_file_composes(path):
 def test_every_experiment_states_its_command_duration_and_number(path):
     head = path.read_text().split("defaults:")[0]
     assert all(f"#   {word}:" in head for word in ("command", "takes", "expect")), path
+
+
+def test_a_private_site_says_what_it_promises():
+    config = compose("privacy=dp_sgd privacy.target_epsilon=3").privacy
+    assert (config.name, config.target_epsilon, config.delta, config.noise_multiplier) == (
+        "dp_sgd",
+        3,
+        None,
+        None,
+    )
+    assert as_dict(compose().privacy) == {k: None for k in as_dict(config)} | {"name": "none"}
+    for key in ("target_epsilon", "max_grad_norm", "sample_rate", "planned_rounds", "images_per_patient"):
+        with pytest.raises(ConfigError, match=rf"privacy\.{key}: must not be null under privacy=dp_sgd"):
+            compose(["privacy=dp_sgd", f"privacy.{key}=null"])
+    with pytest.raises(
+        ConfigError, match="planned_rounds x privacy.steps_per_round = 1000000000: must be at"
+    ):
+        compose("privacy=dp_sgd privacy.planned_rounds=1000000 privacy.steps_per_round=1000")
+
+
+def test_private_training_is_refused_wherever_it_would_start(tmp_path):
+    from sparsecontrast.data.cache import load_dataset
+    from sparsecontrast.pretrain import pretrain
+    from sparsecontrast.resume import resolve
+
+    words = ["privacy=dp_sgd", f"output_dir={tmp_path}/run"]
+    for start in (
+        lambda: pretrain(compose(words), show=False),  # in one place
+        lambda: resolve(words),  # a federation, simulated or not
+        lambda: load_dataset(compose(words), tmp_path / "cache", tmp_path / "state"),  # a site, whoever asks
+    ):
+        with pytest.raises(PrivacyError, match="nothing is trained"):
+            start()
+    assert not list(tmp_path.iterdir())
 
 
 def test_selection_reaches_the_method():

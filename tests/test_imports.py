@@ -13,6 +13,7 @@ DOORS = {
     "flwr": ("server/", "client/", "simulation/"),
     "ray": (),
     "opacus": ("sparsecontrast/privacy.py",),
+    "dp_accounting": ("sparsecontrast/accounting.py",),
     "timm": ("sparsecontrast/models/", "sparsecontrast/export.py", "benchmarks/"),
     "onnx": ("sparsecontrast/export_onnx.py",),
     "onnxruntime": ("sparsecontrast/export_onnx.py",),
@@ -28,16 +29,21 @@ FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "s
 DATA = ("sparsecontrast.data",)
 MODELS = ("sparsecontrast.models",)
 METHODS = (*MODELS, "sparsecontrast.losses", "sparsecontrast.methods")
+BOOK = ("sparsecontrast.errors",) + tuple(
+    f"sparsecontrast.{name}" for name in ("accounting", "chain", "cohorts", "policy")
+)
 LIBRARY = ("sparsecontrast",)
 ROOMS = {
     "sparsecontrast/errors.py": (),
     "sparsecontrast/structure.py": ("sparsecontrast.errors",),
     "sparsecontrast/ranges.py": ("sparsecontrast.errors",),
+    "sparsecontrast/accounting.py": ("sparsecontrast.errors", "sparsecontrast.ranges"),
     "sparsecontrast/levels.py": (),
     # the type alone: config imports it, not the other way round
     "sparsecontrast/relations.py": (
         "sparsecontrast.errors",
         "sparsecontrast.levels",
+        "sparsecontrast.ranges",
         "sparsecontrast.config",
     ),
     "sparsecontrast/config.py": (
@@ -50,9 +56,14 @@ ROOMS = {
     "sparsecontrast/models/": (*ERRORS, *MODELS, "sparsecontrast.levels"),
     "sparsecontrast/losses.py": ERRORS,
     "sparsecontrast/methods/": (*ERRORS, *METHODS),
+    "sparsecontrast/cohorts.py": ("sparsecontrast.errors", "sparsecontrast.accounting"),
+    "sparsecontrast/policy.py": ("sparsecontrast.errors", "sparsecontrast.config"),
+    "sparsecontrast/chain.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
+    "sparsecontrast/book.py": BOOK,
     "sparsecontrast/payload.py": FILE_ROOMS,
     "sparsecontrast/checkpoint.py": FILE_ROOMS,
-    "sparsecontrast/ledger.py": FILE_ROOMS,
+    "sparsecontrast/database.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
+    "sparsecontrast/ledger.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.book", "sparsecontrast.database"),
     "sparsecontrast/privacy.py": FILE_ROOMS,
     "sparsecontrast/trainer.py": (*FILE_ROOMS, *DATA, *METHODS, "sparsecontrast.privacy"),
     "sparsecontrast/": LIBRARY,
