@@ -13,11 +13,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors.torch import load_file
 
 from sparsecontrast import cli, export, export_onnx
 from sparsecontrast.checkpoint import read_meta, read_round, round_file, write_round
-from sparsecontrast.config import compose
+from sparsecontrast.config import as_dict, compose
 from sparsecontrast.errors import ConfigError, ExportError, MethodError, StorageError
 from sparsecontrast.export import check_images, export_run
 from sparsecontrast.features import load_method
@@ -279,10 +280,12 @@ def test_a_run_that_is_not_there_or_untrained_is_refused(run, tmp_path, capsys):
 
 
 def tell(run, *words):
-    """Have a run say that it was told more."""
+    """Have a run say that it was told more, and what that gave."""
     path = run / "config.yaml"
-    more = "".join(f"- {word}\n" for word in words)
-    path.write_text(path.read_text().replace("overrides:\n", f"overrides:\n{more}", 1))
+    saved = yaml.safe_load(path.read_text())
+    saved["overrides"] = [*words, *saved["overrides"]]
+    now = as_dict(compose(saved["overrides"]))
+    path.write_text(yaml.safe_dump(saved | {group: now[group] for group in ("method", "backbone")}))
 
 
 @pytest.mark.parametrize("word", ["selection=random", "method.selection=random"])
