@@ -79,21 +79,41 @@ class SparseViT(nn.Module):
                 The second half of the embedding is the mean of the fine tokens under these weights.
         """
         vit = self.vit
-        if kept is None:
-            x = vit.forward_features(images)
+        x = self.features(images, kept)
+        if kept is None or vit.global_pool == "token":
             pooled = vit.pool(x)
         else:
-            x = self.embed(images, kept)
-            areas = self._areas(kept.shape[1], x.device)
-            bias = areas.log().to(_attention_dtype(x))[None, None, None]
-            for block in vit.blocks.children():
-                x = block(x, attn_mask=bias)
-            x = vit.norm(x)
-            pooled = vit.pool(x) if vit.global_pool == "token" else self._area_mean(x, areas)
+            pooled = self._area_mean(x, self._areas(kept.shape[1], x.device))
         pooled = vit.fc_norm(pooled)
         if focus is not None:
             pooled = torch.cat([pooled, vit.fc_norm(self._focused(x, kept, focus))], dim=1)
         return vit.head_drop(pooled)
+
+    def features(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the last tokens [B, prefix + K, D]: fine, then coarse; all patches row by row if dense."""
+        vit = self.vit
+        if kept is None:
+            return vit.forward_features(images)
+        x = self.embed(images, kept)
+        bias = self._areas(kept.shape[1], x.device).log().to(_attention_dtype(x))[None, None, None]
+        for block in vit.blocks.children():
+            x = block(x, attn_mask=bias)
+        return vit.norm(x)
+
+    def local(self, images: Tensor, cells: Tensor, dense: bool = False) -> Tensor:
+        """Describe the patches of ``cells`` [B, n]: [B, n * cell^2, D], cell by cell.
+
+        Args:
+            images: [B, 1, H, W].
+            cells: each row ascending; they alone are computed fine.
+            dense: compute all cells fine.
+        """
+        body = self.features(images, None if dense else cells)[:, self.vit.num_prefix_tokens :]
+        if dense:
+            found = tokens.gather(body, self.positions[cells].flatten(1))
+        else:
+            found = body[:, : cells.shape[1] * self.cell**2]
+        return self.vit.fc_norm(found)
 
     def embed(self, images: Tensor, kept: Tensor) -> Tensor:
         """Return the input tokens [B, prefix + K, D]: fine, then coarse, level by level."""
