@@ -47,7 +47,8 @@ def patch_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     Returns:
         Loss [B], >= 0, the mean over tokens and directions.
     """
-    a, b = F.normalize(first.float(), dim=2), F.normalize(second.float(), dim=2)
+    exact = torch.promote_types(first.dtype, torch.float32)
+    a, b = F.normalize(first.to(exact), dim=2), F.normalize(second.to(exact), dim=2)
     logits = a @ b.mT / temperature
     positive = logits.diagonal(dim1=1, dim2=2)
     return (0.5 * (logits.logsumexp(2) + logits.logsumexp(1)) - positive).mean(1)

@@ -70,8 +70,8 @@ class PatchContrast(Looking):
         cells, dense = self._shared_cells(batch, scores.detach())
         down, across = batch.shift.unbind(1)
         moved = cells + (down * self.backbone.grid[1] + across)[:, None]
-        first = self.projector(self.backbone.local(batch.first, cells, dense)).float()
-        second = self.projector(self.backbone.local(batch.second, moved, dense)).float()
+        first = self.projector(self.backbone.local(batch.first, cells, dense))
+        second = self.projector(self.backbone.local(batch.second, moved, dense))
         # bf16 autocast would round similarities to three digits
         with torch.autocast(batch.first.device.type, enabled=False):
             contrast = losses.patch_info_nce(first, second, self.config.temperature)

@@ -126,6 +126,11 @@ def gather(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index.reshape(*index.shape, *[1] * (tokens.dim() - 2)).expand(shape))
 
 
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Take rows ``index`` [B, K] of one table for all [1, L, D], or of a table each [B, L, D]: [B, K, D]."""
+    return table[0][index] if table.shape[0] == 1 else gather(table, index)
+
+
 def scatter(tokens: Tensor, index: Tensor, length: int) -> Tensor:
     """Put tokens [B, K, ...] at ``index`` [B, K] of zeros [B, length, ...]: the inverse of gather."""
     out = tokens.new_zeros(tokens.shape[0], length, *tokens.shape[2:])
