@@ -25,6 +25,7 @@ from torch import Tensor
 DRAWS = 4  # 2 n of the guard
 BLOCK = 1 << 15  # Gaussian numbers computed at a time: their uniform numbers stay in the cache
 MANTISSA = 53
+STATE_AT, STATE_WORDS = 24, 624  # the words of torch's Mersenne Twister within its state, in bytes
 
 
 class SecureStream:
@@ -64,12 +65,17 @@ class SecureStream:
         return found.view(like.shape).to(like.device)
 
     def generator(self) -> torch.Generator:
-        """Make a generator whose seed nobody knows: for views and explored cells of a private step.
+        """Make a generator whose draws nobody foretells: for views and explored cells of a private step.
 
-        Were their seed public, it would be known which draw each position of a batch gets. A patient less
-        moves all others to other draws, and the sum changes by far more than one clipped gradient.
+        Were they public, it would be known which draw each position of a batch gets. A patient less moves
+        all others to other draws, and the sum changes by far more than one clipped gradient. Torch's
+        Mersenne Twister takes 32 bits of a seed, which can be tried out; here its whole state is drawn.
         """
-        return torch.Generator().manual_seed(int(self.integers(1)[0]))
+        generator = torch.Generator()
+        state = generator.get_state()
+        words = state.numpy()[STATE_AT : STATE_AT + 8 * STATE_WORDS].view(np.uint64)
+        words[:] = self.integers(STATE_WORDS) & np.uint64(0xFFFFFFFF)
+        return generator.set_state(state)
 
     def _normal(self, count: int) -> Tensor:
         """Standard normal numbers, float64 [count], each the guarded sum of ``DRAWS`` by Box and Muller.

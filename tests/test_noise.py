@@ -76,3 +76,17 @@ def test_coins_fall_as_asked():
     for probability in (0.01, 0.3, 1.0, 0.0):
         share = stream.chances(200_000, probability).mean()
         assert abs(share - probability) <= 5 * math.sqrt(probability * (1 - probability) / 200_000)
+
+
+def test_a_generator_of_a_stream_is_drawn_whole():
+    drawn = [SecureStream().generator() for _ in range(2)]
+    a, b = (torch.randn(100_000, generator=g) for g in drawn)
+    assert abs((a * b).mean()) < 5 / math.sqrt(len(a)) and abs(a.std() - 1) < 5 / math.sqrt(2 * len(a))
+    seeds = {g.initial_seed() for g in drawn}
+    assert not torch.equal(torch.randn(100_000, generator=torch.Generator().manual_seed(seeds.pop())), a)
+    one, other = (SecureStream(insecure_seed=2).generator() for _ in range(2))
+    assert torch.equal(torch.rand(9, generator=one), torch.rand(9, generator=other))
+    stream = SecureStream(insecure_seed=2)
+    first, second = stream.generator(), stream.generator()
+    # the first draw comes after the whole state was turned over: no word of it is left of a fixed seed
+    assert not (torch.rand(700, generator=first) == torch.rand(700, generator=second)).any()

@@ -72,8 +72,8 @@ def test_formulas_of_single_layers(layer, shape):
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval().requires_grad_(False), nn.SyncBatchNorm(4), BatchNormAct2d(4),
-     FrozenBatchNormAct2d(4), nn.BatchNorm2d(4, track_running_stats=False)],
+    [nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval().requires_grad_(False), nn.SyncBatchNorm(4),
+     BatchNormAct2d(4), FrozenBatchNormAct2d(4), nn.BatchNorm2d(4, track_running_stats=False)],
     ids=["plain", "frozen", "sync", "timm", "timm frozen", "without statistics"],
 )  # fmt: skip
 def test_every_batch_norm_is_refused_by_name(norm):
