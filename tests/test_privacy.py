@@ -250,7 +250,7 @@ def test_bf16_is_clipped_and_summed_in_float32():
         rest = take(batch, (batch.patients != patient).nonzero()[:, 0])
         alone = take(batch, (batch.patients == patient).nonzero()[:, 0])
         assert clipped_sum(made, alone).double().norm() <= 0.01 * (1 + 1e-6)
-        assert (whole - clipped_sum(made, rest)).norm() < 0.011  # products of other shapes round otherwise
+        assert (whole - clipped_sum(made, rest)).double().norm() <= 0.01 * (1 + 1e-5)
 
 
 def test_norms_of_patients():
