@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsecontrast.errors import MethodError
 from sparsecontrast.methods.method import Batch
-from sparsecontrast.models.rows import FOLDED, INNER, ROW_PARAMETERS, SAMPLERS, Rows, per_row
+from sparsecontrast.models.rows import FOLDED, INNER, ROW_PARAMETERS, SAMPLERS, Rows, add_linear, per_row
 
 TOLERANCE = 1e-2  # of a parameter's gradient: float32 along two ways
 ROUNDING = 1e-6  # of the whole gradient: of a parameter whose own is nothing but rounding
@@ -161,6 +161,9 @@ class RowGradients(GradSampleHooks):
             gradient, held = gradient.detach(), held.to(gradient.dtype)
             if type(layer) in FOLDED:
                 held, gradient = (x.unflatten(0, (self._rows, -1)) for x in (held, gradient))
+            if type(layer) is nn.Linear and _adds_in_place(layer, gradient):
+                add_linear(layer.weight.grad_sample, held, gradient)  # type: ignore[arg-type]
+                formula = _bias_alone
             _add({p: _folded(rows, self._rows) for p, rows in formula(layer, [held], gradient).items()})
 
 
@@ -193,6 +196,18 @@ def _owned(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _loose_of(owner: nn.Module) -> tuple[str, ...]:
     return ROW_PARAMETERS.get(type(owner), ())
+
+
+def _adds_in_place(layer: nn.Linear, gradient: Tensor) -> bool:
+    """Whether the second view's rows can join the first's: their sum is half of what memory has to move."""
+    held = getattr(layer.weight, "grad_sample", None)
+    return held is not None and held.dtype == gradient.dtype
+
+
+def _bias_alone(layer: nn.Linear, _: list[Tensor], gradient: Tensor) -> Rows:
+    if layer.bias is None or not layer.bias.requires_grad:
+        return {}
+    return {layer.bias: gradient.reshape(len(gradient), -1, layer.out_features).sum(1)}
 
 
 def _folded(rows: Tensor, count: int) -> Tensor:

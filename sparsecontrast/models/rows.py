@@ -37,6 +37,24 @@ INNER: dict[type[nn.Module], str] = {ConvNeXtBlock: "mlp"}
 """Modules whose own parameter scales the output of a child, and that child."""
 
 
+def linear_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
+    """Rows of a linear layer on [N, ..., in]: weight [N, out, in] and bias [N, out]."""
+    assert isinstance(layer, nn.Linear)
+    n, rows = len(gradient), {}
+    g = gradient.reshape(n, -1, layer.out_features)
+    if layer.weight.requires_grad:
+        rows[layer.weight] = g.mT @ inputs[0].to(g.dtype).reshape(n, -1, layer.in_features)
+    if layer.bias is not None and layer.bias.requires_grad:
+        rows[layer.bias] = g.sum(1)
+    return rows
+
+
+def add_linear(held: Tensor, inputs: Tensor, gradient: Tensor) -> None:
+    """Add a linear layer's rows of the weight to ``held`` [N, out, in], with no copy in between."""
+    n = len(held)
+    held.baddbmm_(gradient.reshape(n, -1, held.shape[1]).mT, inputs.reshape(n, -1, held.shape[2]))
+
+
 def conv_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
     """Rows of a 2-D convolution's weight [N, out, in / groups, k, k] and bias [N, out]."""
     assert isinstance(layer, nn.Conv2d)
@@ -138,6 +156,7 @@ def block_scale_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -
 
 
 SAMPLERS: dict[type[nn.Module], Sampler] = {
+    nn.Linear: linear_rows,
     nn.Conv2d: conv_rows,
     RingConv: ring_rows,
     PatchProjection: projection_rows,
