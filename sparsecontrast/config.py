@@ -41,7 +41,7 @@ class BackboneConfig:
 class MethodConfig:
     """A pretraining method; ``configs/method/*.yaml`` explains every field."""
 
-    name: Literal["sparse_contrast", "dense_contrast"]
+    name: Literal["sparse_contrast", "dense_contrast", "patch_contrast"]
     selection: Literal["surprise", "attention", "random", "centre", "energy"]
     keep: float
     cell: int

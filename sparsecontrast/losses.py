@@ -32,6 +32,28 @@ def info_nce(first: Tensor, second: Tensor, temperature: float, patients: Tensor
     return 0.5 * (forward + F.cross_entropy(logits.T, target, reduction="none"))
 
 
+def patch_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE within each image: its own other tokens are the negatives.
+
+    Token t of one view is to be told from the T - 1 other tokens of the other view of the same image
+    (Wang et al. 2021, DenseCL, arXiv 2011.09157, eq. 2, negatives from the image itself). Row i's loss
+    depends on row i alone, which per-sample privacy demands; a blind guess costs ln(T).
+
+    Args:
+        first: token embeddings of the first views [B, T, D], any norm.
+        second: of the second views, token t showing the same place [B, T, D].
+        temperature: positive.
+
+    Returns:
+        Loss [B], >= 0, the mean over tokens and directions.
+    """
+    exact = torch.promote_types(first.dtype, torch.float32)
+    a, b = F.normalize(first.to(exact), dim=2), F.normalize(second.to(exact), dim=2)
+    logits = a @ b.mT / temperature
+    positive = logits.diagonal(dim1=1, dim2=2)
+    return (0.5 * (logits.logsumexp(2) + logits.logsumexp(1)) - positive).mean(1)
+
+
 def chance_level(patients: Tensor) -> Tensor:
     """Mean of ``info_nce`` where all embeddings are one: of ln(1 + negatives) over the rows of [B] patients.
 

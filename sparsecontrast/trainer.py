@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, write_tensors
 from sparsecontrast.config import Config, TrainConfig
-from sparsecontrast.data.transforms import Augmentation, two_views
+from sparsecontrast.data.transforms import Augmentation, shifted_views, two_views
 from sparsecontrast.errors import MethodError, TooFewImagesError
 from sparsecontrast.methods.method import Batch, Method
 
@@ -170,14 +170,19 @@ class LocalTrainer:
         generator: torch.Generator, step: int,
     ) -> Batch:  # fmt: skip
         size = self.config.backbone.img_size
-        views = two_views(torch.from_numpy(np.asarray(images[rows])), generator, size, self.augmentation)
+        pixels, shift = torch.from_numpy(np.asarray(images[rows])), None
+        if self.method.shifts_views:
+            views, shift = shifted_views(pixels, generator, size, self.method.cell_size, self.augmentation)
+            shift = shift.to(self.device)
+        else:
+            views = two_views(pixels, generator, size, self.augmentation)
         second = views.second
         if not np.array_equal(rows, partners):
             other = torch.from_numpy(np.asarray(images[partners]))
             second = two_views(other, generator, size, self.augmentation).second
         codes = torch.from_numpy(np.asarray(patients[rows], dtype=np.int64))
         return Batch(
-            views.first.to(self.device), second.to(self.device), codes.to(self.device), generator, step
+            views.first.to(self.device), second.to(self.device), codes.to(self.device), generator, step, shift
         )
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -12,7 +12,7 @@ FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 DOORS = {
     "flwr": ("server/", "client/", "simulation/"),
     "ray": (),
-    "opacus": ("sparsecontrast/privacy.py",),
+    "opacus": ("sparsecontrast/privacy.py", "sparsecontrast/row_gradients.py"),
     "dp_accounting": ("sparsecontrast/accounting.py",),
     "timm": ("sparsecontrast/models/", "sparsecontrast/export.py", "benchmarks/"),
     "onnx": ("sparsecontrast/export_onnx.py",),
@@ -64,7 +64,21 @@ ROOMS = {
     "sparsecontrast/checkpoint.py": FILE_ROOMS,
     "sparsecontrast/database.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
     "sparsecontrast/ledger.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.book", "sparsecontrast.database"),
-    "sparsecontrast/privacy.py": FILE_ROOMS,
+    "sparsecontrast/noise.py": (),
+    "sparsecontrast/sampling.py": ("sparsecontrast.errors", "sparsecontrast.noise"),
+    "sparsecontrast/coupling.py": ("sparsecontrast.methods.method",),
+    "sparsecontrast/row_gradients.py": (
+        *ERRORS,
+        "sparsecontrast.methods.method",
+        "sparsecontrast.models.rows",
+    ),
+    "sparsecontrast/privacy.py": (
+        *FILE_ROOMS,
+        "sparsecontrast.methods.method",  # the protocol alone
+        "sparsecontrast.coupling",
+        "sparsecontrast.noise",
+        "sparsecontrast.row_gradients",
+    ),
     "sparsecontrast/trainer.py": (*FILE_ROOMS, *DATA, *METHODS, "sparsecontrast.privacy"),
     "sparsecontrast/": LIBRARY,
     "server/": ("server", *LIBRARY),

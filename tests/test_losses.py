@@ -65,3 +65,30 @@ def test_entropy_shortfall_is_zero_when_uniform_and_the_floor_when_certain():
 
 def test_sparsity_budget_is_the_squared_distance_of_the_mean_probability():
     assert math.isclose(losses.sparsity_budget(torch.zeros(1, 4), 0.2).item(), 0.09, rel_tol=1e-5)
+
+
+def brute_patch_info_nce(a, b, temperature):
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    total = 0.0
+    for t in range(len(a)):
+        for q, keys in ((a[t], b), (b[t], a)):
+            logits = [float(q @ key) / temperature for key in keys]
+            total += math.log(sum(math.exp(v) for v in logits)) - logits[t]
+    return total / 2 / len(a)
+
+
+def test_patch_info_nce_equals_brute_force_row_by_row():
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(3, 6, 5, generator=g), torch.randn(3, 6, 5, generator=g)
+    expected = torch.tensor([brute_patch_info_nce(x, y, 0.2) for x, y in zip(a, b, strict=True)])
+    torch.testing.assert_close(losses.patch_info_nce(a, b, 0.2), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        losses.patch_info_nce(a[1:2], b[1:2], 0.2), expected[1:2], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_patch_info_nce_of_one_embedding_for_all_is_chance_and_of_equal_views_near_zero():
+    z = torch.ones(2, 8, 3)
+    torch.testing.assert_close(losses.patch_info_nce(z, z, 0.1), torch.full((2,), math.log(8)))
+    far = torch.eye(8)[None]
+    assert losses.patch_info_nce(far, 3 * far, 0.05).item() < 1e-6

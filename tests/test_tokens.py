@@ -53,6 +53,14 @@ def test_exploration_keeps_the_best_and_draws_the_rest_uniformly(generator):
     assert ((counts[:10] / 4000 - 0.2).abs() < 0.04).all()  # 2 of the other 10
 
 
+def test_what_is_not_allowed_is_neither_best_nor_drawn(generator):
+    scores = torch.arange(16.0).expand(200, 16)
+    allowed = torch.arange(16).expand(200, 16) < 10
+    kept = tokens.explore_top_k(scores, 8, 0.25, generator, allowed)
+    assert int(kept.max()) == 9 and all(len(set(row)) == 8 for row in kept.tolist())
+    assert all({4, 5, 6, 7, 8, 9} <= set(row) for row in kept.tolist())
+
+
 @pytest.mark.parametrize(
     ("rows", "cells", "m"), [(1, 9, 4), (7, 49, 16), (64, 196, 64), (3, 5, 0), (3, 5, 5)]
 )

@@ -218,3 +218,30 @@ def test_a_view_half_the_image_does_not_alias():
     stripes = (torch.arange(128) % 2 * 255).to(torch.uint8).expand(1, 128, 128).contiguous()
     view = transforms.mae_view(stripes, seeded(0), 64, STILL)[0]
     assert view.abs().max() < 1e-5  # grey, not stripes
+
+
+def test_shifted_views_show_the_same_place_whole_cells_apart():
+    images = noise_images(96, 40, 40)
+    still = dataclasses.replace(STILL, area=(0.6, 0.9), degrees=5.0)
+    views, shift = transforms.shifted_views(images, seeded(3), 24, 8, still)
+    assert {tuple(s) for s in shift.tolist()} == {(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)}
+    for i, (down, across) in enumerate((shift * 8).tolist()):
+        rows, columns = slice(max(0, -down), 24 - max(0, down)), slice(max(0, -across), 24 - max(0, across))
+        one = views.first[i, 0, rows, columns]
+        other = views.second[i, 0].roll((-down, -across), (0, 1))[rows, columns]
+        # each view is standardised on its own: equal up to scale and offset
+        seen = torch.stack([one.flatten(), other.flatten()])
+        assert torch.corrcoef(seen)[0, 1] > 1 - 1e-5
+    middle = torch.full((96, 1, 2), 12.0)
+    there = middle + 8.0 * shift.flip(1)[:, None]
+    torch.testing.assert_close(
+        views.first_geometry.to_image(middle), views.second_geometry.to_image(there), atol=1e-9, rtol=0
+    )
+
+
+def test_shifted_views_are_rendered_apart_and_repeat_from_the_same_seed():
+    images = noise_images(4, 32, 32)
+    views, shift = transforms.shifted_views(images, seeded(1), 24, 8)
+    again, same = transforms.shifted_views(images, seeded(1), 24, 8)
+    assert torch.equal(views.first, again.first) and torch.equal(shift, same)
+    assert views.first.shape == (4, 1, 24, 24) and not torch.equal(views.first, views.second)

@@ -15,6 +15,7 @@ mean and deviation: exposure differs more between two renderings of one film tha
 between two patients, and under fixed constants an untrained network sees little else.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,40 @@ def two_views(
     first, first_geometry = random_view(images, generator, size, augmentation)
     second, second_geometry = random_view(images, generator, size, augmentation)
     return TwoViews(first, second, first_geometry, second_geometry)
+
+
+def shifted_views(
+    images: Tensor, generator: Generator, size: int, cell: int, augmentation: Augmentation = DEFAULT
+) -> tuple[TwoViews, Tensor]:
+    """Draw two views of each image that lie whole cells apart: what is where is known exactly.
+
+    One geometry is drawn for a canvas that is one cell larger than a view, and two renderings of it;
+    each view is a corner of its own of that canvas, so that no position in a view tells the place.
+
+    Args:
+        images: uint8 [B, H, W].
+        generator: source of every draw; the same state gives the same bits.
+        size: side of the views in pixels.
+        cell: side of a cell in pixels; divides ``size``.
+        augmentation: ranges of the changes; ``area`` is the share that a view keeps, where it fits.
+
+    Returns:
+        The views, and the shift [B, 2] long, each of -1, 0, 1: cell (r, c) of the first view shows the
+        same place as cell (r, c) + shift of the second.
+    """
+    canvas = size + cell
+    low, high = (min(1.0, share * (canvas / size) ** 2) for share in augmentation.area)
+    wide = dataclasses.replace(augmentation, area=(low, high))
+    geometry = random_geometry(images, generator, canvas, wide)
+    pixels = warp(images, geometry)
+    corners = torch.randint(0, 2, (2, len(images), 2), generator=generator, device=generator.device)
+    corners = corners.to(images.device)
+    first, second = (
+        normalise(_corner(rendered(pixels.clone(), generator, augmentation), corner * cell, size))
+        for corner in corners
+    )
+    places = [_moved(geometry, corner * cell, size) for corner in corners]
+    return TwoViews(first, second, places[0], places[1]), corners[0] - corners[1]
 
 
 def random_view(
@@ -220,6 +255,21 @@ def move_boxes(boxes: Sequence[Tensor], geometry: Geometry) -> list[Tensor]:
         low, high = corners.amin(1), corners.amax(1)
         moved.append(torch.cat([low, high - low], 1).float())
     return moved
+
+
+def _corner(pixels: Tensor, offset: Tensor, size: int) -> Tensor:
+    """Cut [B, 1, size, size] out of pixels [B, 1, S, S] at offset (down, across) [B, 2]."""
+    steps = torch.arange(size, device=pixels.device)
+    rows, columns = (offset[:, axis, None] + steps for axis in (0, 1))
+    sample = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    return pixels[:, 0][sample, rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def _moved(geometry: Geometry, offset: Tensor, size: int) -> Geometry:
+    """Return where a part of a view lies that starts at offset (down, across) [B, 2]."""
+    linear, start = geometry.matrix[..., :2], geometry.matrix[..., 2:]
+    across_down = offset.flip(1).to(linear)[..., None]
+    return Geometry(torch.cat([linear, start + linear @ across_down], -1), geometry.image_size, size)
 
 
 def _unit(images: Tensor) -> Tensor:

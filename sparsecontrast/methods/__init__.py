@@ -5,14 +5,19 @@ import dataclasses
 import torch
 
 from sparsecontrast.config import BackboneConfig, Config
+from sparsecontrast.methods.patch_contrast import PatchContrast
 from sparsecontrast.methods.sparse_contrast import SparseContrast
 from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
 
-METHODS = {"sparse_contrast": SparseContrast, "dense_contrast": SparseContrast}
+METHODS: dict[str, type[SparseContrast] | type[PatchContrast]] = {
+    "sparse_contrast": SparseContrast,
+    "dense_contrast": SparseContrast,
+    "patch_contrast": PatchContrast,
+}
 
 
-def build_method(config: Config, pretrained: bool = True) -> SparseContrast:
+def build_method(config: Config, pretrained: bool = True) -> SparseContrast | PatchContrast:
     """Build the method of ``config``; the same seed gives the same weights, bit for bit.
 
     torch's global generator is left as it was (timm initialises from it).

@@ -19,6 +19,9 @@ class Batch:
         patients: integer codes [B].
         generator: randomness of this step.
         step: 0-based step at this site in this round.
+        shift: where the views lie to each other, in cells (down, across) [B, 2] long: cell (r, c) of the
+            first shows what cell (r, c) + shift of the second shows (``transforms.shifted_views``);
+            None where each view has a geometry of its own.
     """
 
     first: Tensor
@@ -26,6 +29,7 @@ class Batch:
     patients: Tensor
     generator: torch.Generator
     step: int
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,17 @@ class Method(Protocol):
     """A pretraining method, an ``nn.Module``.
 
     ``per_sample`` is true only when row i's loss depends on row i alone; private training refuses
-    a method whose ``per_sample`` is false.
+    a method whose ``per_sample`` is false. Where ``shifts_views`` is true, its views lie whole cells of
+    ``cell_size`` pixels apart and ``Batch.shift`` says how (``transforms.shifted_views``).
     """
 
     per_sample: bool
+    shifts_views: bool
+
+    @property
+    def cell_size(self) -> int:
+        """Side of a cell in pixels."""
+        ...
 
     @property
     def backbone(self) -> nn.Module:

@@ -30,26 +30,18 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsecontrast import losses
 from sparsecontrast.config import MethodConfig
-from sparsecontrast.methods.method import SHARED, Batch, Choice, Look
-from sparsecontrast.methods.schedule import keep_ratio
+from sparsecontrast.methods.looking import Looking, build_projector
+from sparsecontrast.methods.method import Batch, Choice
 from sparsecontrast.models import tokens
-from sparsecontrast.models.saliency import (
-    EXCLUDED,
-    SaliencyPredictor,
-    centre_scores,
-    energy_scores,
-    excluded_cells,
-)
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
-from sparsecontrast.models.surprise import SurprisePredictor
 
 
-class SparseContrast(nn.Module):
+class SparseContrast(Looking):
     """Mixed-resolution contrastive pretraining of one backbone and one saliency predictor.
 
     Args:
@@ -60,24 +52,10 @@ class SparseContrast(nn.Module):
     per_sample = False
 
     def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
-        super().__init__()
-        self.config = config
-        self.backbone = backbone
-        self.saliency = (
-            SaliencyPredictor(backbone.grid)
-            if config.selection == "attention"
-            else SurprisePredictor(backbone.grid, config.centre_prior)
-        )
-        self.projector = nn.Sequential(
-            nn.Linear(self.embed_dim, config.projection_hidden),
-            nn.LayerNorm(config.projection_hidden),
-            nn.GELU(),
-            nn.Linear(config.projection_hidden, config.projection_dim),
-        )
+        super().__init__(config, backbone)
+        self.projector = build_projector(self.embed_dim, config)
         distils = config.selection == "attention" and config.distill_weight > 0
         self.teacher = copy.deepcopy(backbone).requires_grad_(False) if distils else None
-        self.keep = 1.0
-        self._last: dict[str, Tensor] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each row [B].
@@ -98,10 +76,6 @@ class SparseContrast(nn.Module):
             self._last |= {"contrast": contrast.detach().mean(), "chance_loss": chance}
             return contrast + terms.reshape(2, -1).mean(0) + self._distillation(scores, target)
 
-    def start_round(self, round_number: int, rounds: int) -> None:
-        """Set the kept share for this server round."""
-        self.keep = keep_ratio(self.config, round_number, rounds)
-
     @torch.no_grad()
     def after_step(self) -> None:
         """Move the EMA teacher towards the student."""
@@ -117,72 +91,12 @@ class SparseContrast(nn.Module):
             return
         self.teacher.load_state_dict(self.backbone.state_dict())
 
-    def shared_parameters(self) -> list[str]:
-        """Names of the backbone's and the saliency predictor's tensors."""
-        return [name for name in self.state_dict() if name.startswith(SHARED)]
-
-    def metrics(self) -> dict[str, float]:
-        """Scalars of the last step: contrast, its chance level, kept share, the scorer's terms.
-
-        ``loss`` is the contrast alone, which chance can be held against; the scorer's own term has a name.
-        """
-        told = {name: float(value) for name, value in self._last.items()}
-        return {"keep": self.keep, **told, **({"loss": told["contrast"]} if told else {})}
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of an embedding: the backbone's, twice with focus."""
-        return self.backbone.embed_dim * (2 if self.config.focus else 1)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, keep: str | float = "dense") -> Tensor:
-        """Embed images [B, 1, H, W] -> [B, D]; ``keep`` is dense, sparse (as configured) or a number."""
-        return self.backbone(images, *self.choose(images, keep))
-
-    @torch.no_grad()
-    def choose(self, images: Tensor, keep: str | float = "sparse") -> Choice:
-        """Choose what ``encode`` computes of images [B, 1, H, W]; nothing is scored that need not be.
-
-        Raises:
-            MethodError: ``keep`` is a number below what all-coarse cells need, or above 1.
-        """
-        named = {"dense": 1.0, "sparse": self.config.keep}
-        m = self.backbone.kept_cells(named[keep] if isinstance(keep, str) else keep)
-        if m == self.backbone.num_cells and not self.config.focus:
-            return Choice(None, None)
-        return self.choose_among(self.score(images)[1], m)
-
-    @torch.no_grad()
-    def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of all cells, and the ranking by which they are kept (border and text last): [B, cells]."""
-        scores = self._scores(images)
-        return scores, self._masked(images, scores)
-
-    def choose_among(self, scores: Tensor, m: int) -> Choice:
-        """Choose the m highest cells of a ranking [B, cells]."""
-        kept = None if m == self.backbone.num_cells else tokens.top_k(scores, m)
-        return Choice(kept, self._focus(scores, kept))
-
-    @torch.no_grad()
-    def look(self, images: Tensor) -> Look:
-        """Return scores and the cells kept at the configured share."""
-        scores = self.score(images)[1]
-        return Look(
-            scores, tokens.top_k(scores, self.backbone.kept_cells(self.config.keep)), self.backbone.grid
-        )
-
     def _read(self, views: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Scores of all cells [N, cells], and what the scorer's own terms cost each view [N]."""
-        c = self.config
-        nothing = views.new_zeros(len(views), dtype=torch.float32)
-        if c.selection == "attention":
-            scores = self.saliency(views).float()
-            return scores, self._budget_terms(scores)
-        if c.selection == "surprise" and c.surprise_weight > 0:
-            scores, loss = self.saliency.read(views)  # type: ignore[operator]
-            self._last["surprise"] = loss.detach().mean()
-            return scores, c.surprise_weight * loss
-        return self._scores(views, generator), nothing
+        if self.config.selection != "attention":
+            return super()._read(views, generator)
+        scores = self.saliency(views).float()
+        return scores, self._budget_terms(scores)
 
     def _explore(self, views: Tensor, scores: Tensor, generator: torch.Generator) -> Choice:
         """Choose as ``choose`` does, with a share of the cells drawn at random."""
@@ -194,27 +108,6 @@ class SparseContrast(nn.Module):
         explore = 0.0 if self.config.selection == "random" else self.config.explore
         kept = None if dense else tokens.explore_top_k(scores.detach(), m, explore, generator)
         return Choice(kept, self._focus(scores, kept))
-
-    def _focus(self, scores: Tensor, kept: Tensor | None) -> Tensor | None:
-        """Weights of the kept cells, rows sum to 1."""
-        if not self.config.focus:
-            return None
-        return (scores if kept is None else scores.gather(1, kept)).softmax(1)
-
-    def _scores(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scores [B, cells] of the configured selection; ``random`` without a generator is a fixed draw."""
-        selection, grid = self.config.selection, self.backbone.grid
-        if selection in ("surprise", "attention"):
-            scores = self.saliency(images).float()
-        elif selection == "random":
-            shape = (images.shape[0] if generator else 1, self.backbone.num_cells)
-            scores = torch.rand(shape, generator=generator or torch.Generator().manual_seed(0))
-        else:
-            scores = centre_scores(grid)[None] if selection == "centre" else energy_scores(images, grid)
-        return scores.to(images.device).expand(images.shape[0], -1)
-
-    def _masked(self, images: Tensor, scores: Tensor) -> Tensor:
-        return scores + EXCLUDED * excluded_cells(images, self.backbone.grid)
 
     def _budget_terms(self, scores: Tensor) -> Tensor:
         """Sparsity budget and entropy floor of attention scores, [B]."""

@@ -131,6 +131,10 @@ class SparseCNN(nn.Module):
             fine = tokens.scatter(fine, kept, self.num_cells)
         return self.norm(coarse + fine)
 
+    def local(self, images: Tensor, cells: Tensor, dense: bool = False) -> Tensor:
+        """Describe ``cells`` [B, n], computed at full resolution (all of them if ``dense``): [B, n, D]."""
+        return tokens.gather(self.describe(images, None if dense else cells), cells)
+
     def coarse_cells(self, images: Tensor) -> Tensor:
         """Describe every cell from the reduced image, and where it lies: [B, cells, D]."""
         maps = self.overview.forward_features(tokens.shrink(images, REDUCTION))

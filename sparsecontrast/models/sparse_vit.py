@@ -33,6 +33,7 @@ class SparseViT(nn.Module):
     def __init__(self, vit: VisionTransformer, cell: int):
         super().__init__()
         self.vit = vit
+        self.project = PatchProjection(vit.patch_embed.proj)
         self.cell = cell
         patches: tuple[int, int] = vit.patch_embed.grid_size
         self.pyramid = build_pyramid(patches, cell)
@@ -79,21 +80,41 @@ class SparseViT(nn.Module):
                 The second half of the embedding is the mean of the fine tokens under these weights.
         """
         vit = self.vit
-        if kept is None:
-            x = vit.forward_features(images)
+        x = self.features(images, kept)
+        if kept is None or vit.global_pool == "token":
             pooled = vit.pool(x)
         else:
-            x = self.embed(images, kept)
-            areas = self._areas(kept.shape[1], x.device)
-            bias = areas.log().to(_attention_dtype(x))[None, None, None]
-            for block in vit.blocks.children():
-                x = block(x, attn_mask=bias)
-            x = vit.norm(x)
-            pooled = vit.pool(x) if vit.global_pool == "token" else self._area_mean(x, areas)
+            pooled = self._area_mean(x, self._areas(kept.shape[1], x.device))
         pooled = vit.fc_norm(pooled)
         if focus is not None:
             pooled = torch.cat([pooled, vit.fc_norm(self._focused(x, kept, focus))], dim=1)
         return vit.head_drop(pooled)
+
+    def features(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the last tokens [B, prefix + K, D]: fine, then coarse; all patches row by row if dense."""
+        vit = self.vit
+        if kept is None:
+            return vit.forward_features(images)
+        x = self.embed(images, kept)
+        bias = self._areas(kept.shape[1], x.device).log().to(_attention_dtype(x))[None, None, None]
+        for block in vit.blocks.children():
+            x = block(x, attn_mask=bias)
+        return vit.norm(x)
+
+    def local(self, images: Tensor, cells: Tensor, dense: bool = False) -> Tensor:
+        """Describe the patches of ``cells`` [B, n]: [B, n * cell^2, D], cell by cell.
+
+        Args:
+            images: [B, 1, H, W].
+            cells: each row ascending; they alone are computed fine.
+            dense: compute all cells fine.
+        """
+        body = self.features(images, None if dense else cells)[:, self.vit.num_prefix_tokens :]
+        if dense:
+            found = tokens.gather(body, self.positions[cells].flatten(1))
+        else:
+            found = body[:, : cells.shape[1] * self.cell**2]
+        return self.vit.fc_norm(found)
 
     def embed(self, images: Tensor, kept: Tensor) -> Tensor:
         """Return the input tokens [B, prefix + K, D]: fine, then coarse, level by level."""
@@ -105,11 +126,12 @@ class SparseViT(nn.Module):
         for level, chosen in enumerate(self.pyramid.coarse(kept)):
             images = tokens.shrink(images, cell)
             pixels.append(tokens.gather(tokens.patchify(images, patch), chosen))
-            offset += len(table)
+            offset += table.shape[1]
             index.append(chosen + offset)
-            table = table[tokens.cell_positions(self.pyramid.grids[level], cell)].mean(1)
-            places.append(table + self.coarse[0, level])
-        body = self._project(torch.cat(pixels, dim=1)) + torch.cat(places)[torch.cat(index, dim=1)]
+            table = table[:, tokens.cell_positions(self.pyramid.grids[level], cell)].mean(2)
+            places.append(table + self.coarse[:, level, None])
+        found = tokens.look_up(torch.cat(places, dim=1), torch.cat(index, dim=1))
+        body = vit.patch_embed.norm(self.project(torch.cat(pixels, dim=1))) + found
         heads = prefix.expand(body.shape[0], -1, -1).to(body.dtype)
         return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
 
@@ -148,22 +170,40 @@ class SparseViT(nn.Module):
             weights = weights.repeat_interleave(area, dim=1)
         return torch.einsum("bnd,bn->bd", body[:, : weights.shape[1]], weights)
 
-    def _project(self, patches: Tensor) -> Tensor:
-        """The patch embedding as one matrix product: [B, K, C * patch^2] -> [B, K, D]."""
-        embed = self.vit.patch_embed
-        weight = embed.proj.weight.flatten(1)
-        return embed.norm(nn.functional.linear(patches, weight, embed.proj.bias))
-
     def _position_table(self) -> tuple[Tensor, Tensor]:
-        """Prefix tokens with their positions [1, prefix, D], and the positions of all patches [L, D]."""
+        """Prefix tokens with their positions [1, prefix, D], and the positions of all patches [1, L, D].
+
+        In private training every row has parameters of its own (``rows.per_row``): [B, ...].
+        """
         vit, places = self.vit, self.vit.pos_embed
         assert places is not None  # build_sparse_vit refuses other models
         prefix: list[Tensor] = [t for t in (vit.cls_token, vit.reg_token) if t is not None]
         heads = torch.cat(prefix, dim=1) if prefix else places[:, :0]
         if vit.no_embed_class or not prefix:
-            return heads, places[0]
+            return heads, places
         n = vit.num_prefix_tokens
-        return heads + places[:, :n], places[0, n:]
+        return heads + places[:, :n], places[:, n:]
+
+
+class PatchProjection(nn.Module):
+    """A patch embedding's convolution as one matrix product over patches that were cut before.
+
+    It owns no weights: they stay the convolution's, under its name.
+    """
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self._convolution = (convolution,)  # in a tuple: no second name for the same weights
+
+    @property
+    def convolution(self) -> nn.Conv2d:
+        """Whose weights they are."""
+        return self._convolution[0]
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Project patches [B, K, C * patch^2] -> [B, K, D]."""
+        conv = self.convolution
+        return nn.functional.linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def build_sparse_vit(config: BackboneConfig, cell: int) -> SparseViT:

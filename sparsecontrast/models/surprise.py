@@ -45,21 +45,17 @@ class SurprisePredictor(nn.Module):
 
     others: Tensor
     prior: Tensor
-    without_centre: Tensor
 
     def __init__(self, grid: tuple[int, int], centre_prior: float = 2.0, width: int = 32, hidden: int = 48):
         super().__init__()
         self.grid = grid
         self.encode = nn.Linear(SIDE**2, hidden)
         self.reduce = nn.Linear(hidden, width)
-        self.ring = nn.Conv2d(width, width, 3, padding=1)
+        self.ring = RingConv(width, width, 3, padding=1)
         self.rest = nn.Conv2d(width, width, 1)
         self.place = nn.Parameter(torch.zeros(1, width, *grid))
         self.expand = nn.Conv2d(width, hidden, 1)
         self.head = nn.Conv2d(hidden, 2 * DETAIL**2, 1)
-        ring = torch.ones(1, 1, 3, 3)
-        ring[..., 1, 1] = 0
-        self.register_buffer("without_centre", ring, persistent=False)
         cells = grid[0] * grid[1]
         # a matrix, because sum less own value leaves a rounding error of the cell itself
         self.register_buffer("others", (1 - torch.eye(cells)) / max(cells - 1, 1), persistent=False)
@@ -72,7 +68,8 @@ class SurprisePredictor(nn.Module):
     def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores [B, cells] without gradient, and the loss of each row [B]."""
         with torch.autocast(images.device.type, enabled=False):  # tiny, and squares need their digits
-            small = _resize(images.float(), self.grid)
+            exact = torch.promote_types(self.place.dtype, torch.float32)
+            small = _resize(images.to(exact), self.grid)
             mean, log_variance = self.predict(small)
             error = (detail(small) - mean).square() * torch.exp(-log_variance)
             loss = 0.5 * (log_variance + error).mean((1, 2))
@@ -90,16 +87,27 @@ class SurprisePredictor(nn.Module):
         """
         codes = F.gelu(self.reduce(F.gelu(self.encode(patchify(small, SIDE)))))
         others = (self.others @ codes).mT.unflatten(2, self.grid)
-        near = F.conv2d(
-            codes.mT.unflatten(2, self.grid),
-            self.ring.weight * self.without_centre,
-            self.ring.bias,
-            padding=1,
-        )
+        near = self.ring(codes.mT.unflatten(2, self.grid))
         context = F.gelu(near + self.rest(others) + self.place)
         found = self.head(F.gelu(self.expand(context))).flatten(2).mT
         mean, log_variance = found.chunk(2, dim=2)
         return mean, LOG_VARIANCE * torch.tanh(log_variance / LOG_VARIANCE)
+
+
+class RingConv(nn.Conv2d):
+    """A 3 x 3 convolution that never sees the position it speaks of."""
+
+    without_centre: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int):
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding)
+        ring = torch.ones(1, 1, 3, 3)
+        ring[..., 1, 1] = 0
+        self.register_buffer("without_centre", ring, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve maps [B, C, h, w]."""
+        return F.conv2d(input, self.weight * self.without_centre, self.bias, padding=self.padding)  # type: ignore[arg-type]
 
 
 def detail(small: Tensor) -> Tensor:

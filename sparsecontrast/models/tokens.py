@@ -70,7 +70,9 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return order[:, :k].sort(dim=1).values
 
 
-def explore_top_k(scores: Tensor, k: int, explore: float, generator: torch.Generator) -> Tensor:
+def explore_top_k(
+    scores: Tensor, k: int, explore: float, generator: torch.Generator, allowed: Tensor | None = None
+) -> Tensor:
     """Choose k of N cells: ``k - round(explore * k)`` top-scored, the rest uniform among the others.
 
     Args:
@@ -78,12 +80,15 @@ def explore_top_k(scores: Tensor, k: int, explore: float, generator: torch.Gener
         k: how many, in 0..N.
         explore: share drawn at random, in [0, 1).
         generator: the only source of randomness.
+        allowed: boolean [B, N], at least k true in each row; others are never chosen. None allows all.
 
     Returns:
         Indices [B, k], ascending, without repeats.
     """
     quota = round(explore * k)
     noise = torch.rand(scores.shape, generator=generator).to(scores.device)
+    if allowed is not None:
+        noise, scores = noise.masked_fill(~allowed, -1.0), scores.masked_fill(~allowed, -torch.inf)
     if quota == k:
         return top_k(noise, k)
     best = top_k(scores, k - quota)
@@ -119,6 +124,11 @@ def gather(tokens: Tensor, index: Tensor) -> Tensor:
     """Take rows ``index`` [B, K] of tokens [B, L, ...]: [B, K, ...]."""
     shape = (*index.shape, *tokens.shape[2:])
     return tokens.gather(1, index.reshape(*index.shape, *[1] * (tokens.dim() - 2)).expand(shape))
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Take rows ``index`` [B, K] of one table for all [1, L, D], or of a table each [B, L, D]: [B, K, D]."""
+    return table[0][index] if table.shape[0] == 1 else gather(table, index)
 
 
 def scatter(tokens: Tensor, index: Tensor, length: int) -> Tensor:
