@@ -138,7 +138,7 @@ class PatientOptimizer(DPOptimizer):
 
     def signal_skip_step(self, do_skip: bool = True) -> NoReturn:
         """Refuse: pieces of a step are given to ``PatientSGD.step``."""
-        raise NotImplementedError("virtual steps are the pieces given to PatientSGD.step")
+        raise MethodError("virtual steps are the pieces given to PatientSGD.step")
 
     def clear(self) -> None:
         """Throw away all that has not been released."""

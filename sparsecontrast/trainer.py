@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, write_tensors
-from sparsecontrast.config import Config, TrainConfig
+from sparsecontrast.config import Config, TrainConfig, refuse_private_training
 from sparsecontrast.data.transforms import Augmentation, shifted_views, two_views
 from sparsecontrast.errors import MethodError, TooFewImagesError
 from sparsecontrast.methods.method import Batch, Method
@@ -54,9 +54,13 @@ class LocalTrainer:
         method: an ``nn.Module`` that holds the global weights of the round to come.
         config: the run's configuration.
         site: the site's name; part of every derived seed.
+
+    Raises:
+        PrivacyError: training would not be as private as configured.
     """
 
     def __init__(self, method: Method, config: Config, site: str):
+        refuse_private_training(config)
         self.method, self.config, self.site = method, config, site
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module: nn.Module = method.to(self.device)  # type: ignore[attr-defined]

@@ -195,15 +195,15 @@ def test_a_private_site_says_what_it_promises():
 
 
 def test_private_training_is_refused_wherever_it_would_start(tmp_path):
-    from sparsecontrast.data.cache import load_dataset
     from sparsecontrast.pretrain import pretrain
     from sparsecontrast.resume import resolve
+    from sparsecontrast.trainer import LocalTrainer
 
     words = ["privacy=dp_sgd", f"output_dir={tmp_path}/run"]
     for start in (
         lambda: pretrain(compose(words), show=False),  # in one place
         lambda: resolve(words),  # a federation, simulated or not
-        lambda: load_dataset(compose(words), tmp_path / "cache", tmp_path / "state"),  # a site, whoever asks
+        lambda: LocalTrainer(None, compose(words), "a"),  # a site, whoever asks
     ):
         with pytest.raises(PrivacyError, match="nothing is trained"):
             start()

@@ -1,14 +1,12 @@
 """An export computes what the run computes, or there is none."""
 
 import hashlib
-import json
 import re
 import shutil
 import sys
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -26,6 +24,7 @@ from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Choice
 from sparsecontrast.models import tokens
 from sparsecontrast.runs import read_run
+from tests.exported import fresh_images, onnx_outputs, record
 from tests.tiny import make_run
 
 SHAPE = ("backbone.img_size=64", "backbone.patch_size=8", "backbone.depth=2", "federation.rounds=1")
@@ -53,20 +52,6 @@ def run(trained, tmp_path):
 @pytest.fixture(scope="module")
 def method(trained):
     return load_method(read_run(trained).config, read_round(trained, 1).tensors)
-
-
-def record(folder):
-    return json.loads((folder / "export.json").read_text())
-
-
-def fresh_images(n):
-    """Other images than the export checked itself with."""
-    return torch.randn(n, 1, 64, 64, generator=torch.Generator().manual_seed(n))
-
-
-def onnx_outputs(file, images):
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": images.numpy()})
 
 
 def test_plain_timm_builds_the_run_from_the_files_alone(exported, method):

@@ -1,10 +1,8 @@
 """A CNN leaves as a ViT does: plain timm loads its network, onnxruntime computes the whole of it."""
 
-import json
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -19,6 +17,7 @@ from sparsecontrast.features import load_method
 from sparsecontrast.models.sparse_cnn import build_sparse_cnn
 from sparsecontrast.pretrain import pretrain
 from sparsecontrast.runs import read_run
+from tests.exported import fresh_images, onnx_outputs, record
 
 NAMES = ("convnext_atto", "resnet18")
 SMALL = (
@@ -45,15 +44,6 @@ def method(trained):
     return load_method(read_run(trained).config, read_round(trained, 1).tensors)
 
 
-def record(folder):
-    return json.loads((folder / "export.json").read_text())
-
-
-def fresh_images(n):
-    """Other images than the export checked itself with."""
-    return torch.randn(n, 1, 64, 64, generator=torch.Generator().manual_seed(n))
-
-
 def close(found, wanted, tolerance):
     torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
 
@@ -76,8 +66,7 @@ def test_plain_timm_builds_the_network_inside_from_the_files_alone(exported, met
 def test_onnxruntime_computes_what_torch_computes(exported, method, batch):
     images, found = fresh_images(batch), {}
     for name in ("dense", "sparse"):
-        session = onnxruntime.InferenceSession(exported / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        found[name] = session.run(None, {"images": images.numpy()})
+        found[name] = onnx_outputs(exported / f"{name}.onnx", images)
     (dense,), (sparse, kept) = found["dense"], found["sparse"]
     np.testing.assert_allclose(dense, method.encode(images, "dense"), atol=1e-4, rtol=0)
     np.testing.assert_allclose(sparse, method.encode(images, 0.5), atol=1e-4, rtol=0)

