@@ -62,9 +62,12 @@ def train_one(args: argparse.Namespace, protocol: qa.Protocol, data: str, seed: 
     arm = qa.arms(protocol)[name]
     found = dataset(args, protocol, data)
     train = np.flatnonzero(found.frame["split"].to_numpy(dtype=str) == "train")
-    reference = _file(args, data, seed, REFERENCE)
-    seconds = qa.load(reference).facts["train_seconds"] if arm.steps is None else None
-    trained = qa.train_arm(arm, protocol, found.images, train, int(seed), seconds)
+    steps = protocol.steps
+    if arm.same_time_as:
+        steps = qa.equal_time_steps(
+            *(qa.load(_file(args, data, seed, n)) for n in (REFERENCE, arm.same_time_as))
+        )
+    trained = qa.train_arm(arm, protocol, found.images, train, int(seed), steps)
     qa.save(trained, _file(args, data, seed, name))
 
 
@@ -88,40 +91,76 @@ def score(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> list[di
     sets = list(_feature_sets(args, protocol, data, found))
     rows = []
     for task in tasks:
-        cells: dict[str, list[Cell]] = {}
-        for one, facts in sets:
-            cells[one.name] = [
+        cells = {
+            one.name: [
                 c for c in scorer.cells(one, task, table, 1.0, METRIC) if c.site in ("pooled", task.site)
             ]
-            for cell, reference in zip(cells[one.name], cells[REFERENCE], strict=True):
-                row = {"data": data, "task": task.name, "label": cell.label, "arm": one.name}
-                rows.append({**row, **_figures(cell, reference, replicates), **facts})
+            for one, _ in sets
+        }
+        for number, label in enumerate(cell.label for cell in cells[REFERENCE]):
+            judged = {name: Judged.of(found[number], replicates) for name, found in cells.items()}
+            for one, facts in sets:
+                row = {"data": data, "task": task.name, "label": label, "arm": one.name}
+                rows.append({**row, **_figures(one.name, judged), **facts})
     return rows
 
 
-def _figures(cell: Cell, reference: Cell, replicates: int) -> dict[str, Any]:
-    """Mean over seeds with its interval over patients; the paired difference to dense.
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """One arm's answers to one question.
 
-    Its interval over patients and seeds together, over patients alone, and over seeds alone (Student's t).
+    Attributes:
+        cell: as scored.
+        seeds: AUROC of each seed's model.
+        resampled: the same in each resample of patients [seeds, R].
     """
-    if cell.reason or reference.reason:
-        return {"reason": cell.reason or reference.reason}
-    whole = probes.bootstrap(cell.scored, replicates, 0)
-    seeds, others = _by_seed(cell), _by_seed(reference)
-    figures = {
-        "auroc": round(whole.value, 4), "low": whole.low, "high": whole.high,
-        "patients": cell.patients, "positives": cell.positives, "seeds": [round(v, 4) for v in seeds],
+
+    cell: Cell
+    seeds: list[float]
+    resampled: np.ndarray
+
+    @classmethod
+    def of(cls, cell: Cell, replicates: int) -> "Judged":
+        """Score each model by itself; nothing where the question could not be asked."""
+        if cell.reason:
+            return cls(cell, [], np.zeros((0, replicates)))
+        return cls(cell, _by_seed(cell), probes.resampled_models(cell.scored, replicates, 0))
+
+    def minus(self, other: "Judged") -> probes.Interval | None:
+        """Difference of the means, its interval over patients and seeds; None where seeds do not pair."""
+        if not self.seeds or len(self.seeds) != len(other.seeds):
+            return None
+        value = statistics.mean(self.seeds) - statistics.mean(other.seeds)
+        return probes.paired_interval(value, self.resampled, other.resampled, 0)
+
+
+def _figures(name: str, judged: dict[str, Judged]) -> dict[str, Any]:
+    """Mean over seeds with its interval over patients, and the paired differences.
+
+    ``minus_dense``: this arm minus dense; ``ours_minus``: ours minus this arm, both at equal time where this
+    one is. Intervals over patients and seeds together; that to dense also over seeds alone (Student's t).
+    """
+    mine, dense = judged[name], judged[REFERENCE]
+    cell = mine.cell
+    if cell.reason or dense.cell.reason:
+        return {"reason": cell.reason or dense.cell.reason}
+    low, high = np.nanpercentile(mine.resampled.mean(0), [2.5, 97.5])
+    figures: dict[str, Any] = {
+        "auroc": statistics.mean(mine.seeds), "low": low, "high": high,
+        "patients": cell.patients, "positives": cell.positives, "seeds": [round(v, 4) for v in mine.seeds],
     }  # fmt: skip
-    if len(seeds) == len(others):
-        paired = probes.paired_bootstrap(cell.scored, reference.scored, replicates, 0)
-        both = probes.seeds_bootstrap(cell.scored, reference.scored, replicates, 0)
-        differences = [a - b for a, b in zip(seeds, others, strict=True)]
-        low, high = _t_interval(differences)
-        figures |= {
-            "minus_dense": round(paired.value, 4), "minus_dense_low": both.low, "minus_dense_high": both.high,
-            "patients_low": paired.low, "patients_high": paired.high, "seeds_low": low, "seeds_high": high,
-        }  # fmt: skip
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in figures.items()}
+    if (found := mine.minus(dense)) is not None:
+        figures |= _interval("minus_dense", found)
+        differences = [a - b for a, b in zip(mine.seeds, dense.seeds, strict=True)]
+        figures["seeds_low"], figures["seeds_high"] = _t_interval(differences)
+    ours = judged.get("ours_at_equal_time" if "_at_equal_time" in name else "ours")
+    if ours is not None and (found := ours.minus(mine)) is not None:
+        figures |= _interval("ours_minus", found)
+    return {k: round(float(v), 4) if isinstance(v, float) else v for k, v in figures.items()}
+
+
+def _interval(name: str, found: probes.Interval) -> dict[str, Any]:
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _by_seed(cell: Cell) -> list[float]:
@@ -164,11 +203,12 @@ def _tasks(args: argparse.Namespace, data: str) -> list[str]:
 
 
 def _jobs(args: argparse.Namespace, protocol: qa.Protocol) -> list[tuple[str, str, str]]:
-    """Everything to train, whole seeds first; what needs the dense arm's time comes after it."""
-    names = [n for n in qa.arms(protocol) if args.arms is None or n in (REFERENCE, *args.arms)]
-    named = {n: qa.arms(protocol)[n] for n in names}
-    first = [n for n in names if named[n].steps is not None]
-    later = [n for n in names if named[n].steps is None]
+    """Everything to train, whole seeds first; an arm of equal time comes after those that say how long."""
+    known = qa.arms(protocol)
+    asked = set(known if args.arms is None else args.arms)
+    needed = asked | {REFERENCE} | {same for n in asked if (same := known[n].same_time_as)}
+    first = [n for n in known if n in needed and not known[n].same_time_as]
+    later = [n for n in known if n in needed and known[n].same_time_as]
     return [
         (data, str(seed), name)
         for seed, data, group in itertools.product(args.seeds, args.data, (first, later))

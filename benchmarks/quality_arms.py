@@ -29,14 +29,14 @@ class Arm:
         changes: to the method's configuration.
         modes: how the trained network is asked: ``own`` as it was trained, ``dense`` with all tokens,
             ``int8`` as it was trained with linear layers in 8 bits (on a CPU alone); the rest in bf16.
-        steps: of training, as a share of the protocol's; None for as many as fit into the CPU time
-            that the dense arm took.
+        same_time_as: None to train the protocol's steps; else the arm of the same contender that did, and
+            from whose CPU time follows how many steps fit into that of the dense arm.
     """
 
     contender: Contender
     changes: tuple[tuple[str, Any], ...] = ()
     modes: tuple[str, ...] = ("own",)
-    steps: float | None = 1.0
+    same_time_as: str | None = None
 
 
 def arms(protocol: "Protocol") -> dict[str, Arm]:
@@ -54,8 +54,10 @@ def arms(protocol: "Protocol") -> dict[str, Arm]:
         "random": Arm(sparse, (("selection", "random"), plain), both),
         "all_coarse": Arm(Contender("all_coarse")),
         "patch_dropout": Arm(Contender("random_drop", keep), (), both),
-        "ours_at_equal_time": Arm(sparse, (), both, None),
-        "low_resolution_at_equal_time": Arm(Contender("low_resolution", smaller), steps=None),
+        "ours_at_equal_time": Arm(sparse, (), both, "ours"),
+        "low_resolution_at_equal_time": Arm(
+            Contender("low_resolution", smaller), same_time_as="low_resolution"
+        ),
         "ours_without_focus": Arm(sparse, (plain,)),
         "dense_with_focus": Arm(Contender(OURS, 1.0)),
         "centre": Arm(sparse, (("selection", "centre"), plain)),
@@ -107,8 +109,13 @@ def told(arm: Arm, protocol: Protocol) -> str:
     return f"{protocol} {arm}"
 
 
+def equal_time_steps(dense: Trained, same: Trained) -> int:
+    """Steps that fit into the dense arm's CPU time, by that of an arm with as many steps and equal cost."""
+    return round(same.facts["steps"] * dense.facts["train_seconds"] / same.facts["train_seconds"])
+
+
 def train_arm(
-    arm: Arm, protocol: Protocol, images: np.ndarray, rows: np.ndarray, seed: int, seconds: float | None
+    arm: Arm, protocol: Protocol, images: np.ndarray, rows: np.ndarray, seed: int, total: int
 ) -> Trained:
     """Train one arm on ``images[rows]`` and embed all images.
 
@@ -118,13 +125,12 @@ def train_arm(
         images: uint8 [N, S, S].
         rows: of the training images.
         seed: of weights, batches and views: the same for every arm, so that differences are paired.
-        seconds: CPU seconds that an arm with ``steps=None`` may take.
+        total: steps.
     """
     work = build_arm(arm, protocol, seed)
     optimizer = build_optimizer(work.module, _train_config(protocol))
     losses, spent, step = [], 0.0, 0
     generator = torch.Generator().manual_seed(derive_seed(seed, "quality"))
-    total = protocol.steps if arm.steps is not None else _steps_in(arm, protocol, images, rows, seconds)
     while step < total:
         batch = _batch(images, rows, protocol, generator, step)
         for group in optimizer.param_groups:
@@ -194,20 +200,6 @@ def _batch(
     # draws of the method's own must not shift the batches and views of the steps to come
     own = torch.Generator().manual_seed(derive_seed(generator.initial_seed(), "method", step))
     return Batch(views.first.to(device), views.second.to(device), torch.arange(size).to(device), own, step)
-
-
-def _steps_in(
-    arm: Arm, protocol: Protocol, images: np.ndarray, rows: np.ndarray, seconds: float | None
-) -> int:
-    """Steps of this arm that fit into ``seconds``, from the median of a few of its own."""
-    assert seconds is not None, "an arm of equal time needs the dense arm's first"
-    work, taken = build_arm(arm, protocol, 0), []
-    for step in range(6):
-        batch = _batch(images, rows, protocol, torch.Generator().manual_seed(step), step)
-        start = _clock()
-        work.step(batch)
-        taken.append(_clock() - start)
-    return max(1, round(seconds / float(np.median(taken[1:]))))
 
 
 def _clock() -> float:

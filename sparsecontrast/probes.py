@@ -202,16 +202,25 @@ def seeds_bootstrap(
     models = len(first[0].scores)
     if {len(cell.scores) for cell in (*first, *second)} != {models}:
         raise ValueError("seeds_bootstrap: both sides need the same number of models")
+    one, other = (resampled_models(cells, replicates, seed) for cells in (first, second))
+    return paired_interval(mean_auroc(first) - mean_auroc(second), one, other, seed)
+
+
+def resampled_models(cells: Sequence[Scored], replicates: int, seed: int) -> np.ndarray:
+    """AUROC of each model in each resample of patients, the mean over ``cells``: [models, R]."""
+    counts = _PatientCounts(cells, replicates, seed)
+    models = range(len(cells[0].scores))
+    alone = ([replace(c, scores=c.scores[[i]], weights=np.ones(1)) for c in cells] for i in models)
+    return np.stack([counts.statistics(cell) for cell in alone])
+
+
+def paired_interval(value: float, first: np.ndarray, second: np.ndarray, seed: int) -> Interval:
+    """Interval over patients and models of two ``resampled_models`` [models, R] of the same patients."""
+    models, replicates = first.shape
     drawn = np.random.Generator(np.random.PCG64([seed, models])).multinomial(
         models, np.full(models, 1 / models), size=replicates
     )
-    counts, total = _PatientCounts(first, replicates, seed), np.zeros(replicates)
-    for i in range(models):
-        one, other = (
-            [replace(c, scores=c.scores[[i]], weights=np.ones(1)) for c in s] for s in (first, second)
-        )
-        total += drawn[:, i] / models * (counts.statistics(one) - counts.statistics(other))
-    return _interval(mean_auroc(first) - mean_auroc(second), total)
+    return _interval(value, (drawn.T / models * (first - second)).sum(0))
 
 
 def _model(cell: Scored, i: int) -> Scored:

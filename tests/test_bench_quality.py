@@ -21,10 +21,10 @@ def films(n=12):
 
 @pytest.mark.parametrize("name", list(ARMS))
 def test_every_arm_trains_and_answers_in_each_of_its_modes(name):
-    trained = qa.train_arm(ARMS[name], TINY, films(), np.arange(8), 0, 1e-6)
+    trained = qa.train_arm(ARMS[name], TINY, films(), np.arange(8), 0, 2)
     assert set(trained.features) == set(ARMS[name].modes)
     assert all(f.shape[0] == 12 and np.isfinite(f).all() for f in trained.features.values())
-    assert trained.facts["steps"] == (TINY.steps if ARMS[name].steps else 1)
+    assert trained.facts["steps"] == 2
     assert trained.facts["chance_loss"] == pytest.approx(math.log(8))
     if "dense" in trained.features:
         assert not np.allclose(trained.features["own"], trained.features["dense"])
@@ -32,8 +32,7 @@ def test_every_arm_trains_and_answers_in_each_of_its_modes(name):
 
 def test_a_seed_gives_the_same_features_and_another_one_others(tmp_path):
     one, two, other = (
-        qa.train_arm(ARMS["ours"], TINY, films(), np.arange(8), seed, None).features["own"]
-        for seed in (0, 0, 1)
+        qa.train_arm(ARMS["ours"], TINY, films(), np.arange(8), seed, 2).features["own"] for seed in (0, 0, 1)
     )
     assert np.array_equal(one, two) and not np.allclose(one, other)
 
@@ -55,7 +54,7 @@ def test_arms_of_a_seed_see_the_same_views_at_every_step(name, monkeypatch):
 
     monkeypatch.setattr(qa, "_batch", record)
     for one in ("dense", name):
-        qa.train_arm(ARMS[one], dataclasses.replace(TINY, steps=3), films(), np.arange(12), 0, None)
+        qa.train_arm(ARMS[one], TINY, films(), np.arange(12), 0, 3)
     assert len(seen) == 6 and not torch.equal(seen[0], seen[1])
     assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
 
@@ -70,7 +69,7 @@ def test_no_low_resolution_rival_computes_fewer_tokens_than_ours():
 
 
 def test_what_is_kept_is_read_again(tmp_path):
-    trained = qa.train_arm(ARMS["dense"], TINY, films(), np.arange(8), 0, None)
+    trained = qa.train_arm(ARMS["dense"], TINY, films(), np.arange(8), 0, 2)
     qa.save(trained, tmp_path / "a" / "dense.npz")
     found = qa.load(tmp_path / "a" / "dense.npz")
     assert found.facts == trained.facts
@@ -103,6 +102,18 @@ def test_the_table_pairs_every_arm_with_dense(tmp_path):
     assert ours["minus_dense"] == pytest.approx(np.mean(ours["seeds"]) - np.mean(dense["seeds"]), abs=2e-4)
     assert len(ours["seeds"]) == 2 and ours["seeds_low"] <= ours["minus_dense"] <= ours["seeds_high"]
     assert "minus_dense" not in macro["pixels_16x16"]  # one model for all seeds
+    assert macro["dense"]["ours_minus"] == pytest.approx(ours["minus_dense"])
+    assert macro["dense"]["ours_minus_low"] == pytest.approx(ours["minus_dense_low"], abs=1e-4)
+
+
+def test_equal_time_is_the_dense_arms_at_the_cost_of_a_step():
+    dense, same = (qa.Trained({}, {"steps": 300.0, "train_seconds": s}) for s in (160.0, 72.0))
+    assert qa.equal_time_steps(dense, same) == 667
+    args = quality._arguments(
+        ["--arms", "low_resolution_at_equal_time", "--seeds", "0", "--data", "phantoms"]
+    )
+    order = [name for _, _, name in quality._jobs(args, TINY)]
+    assert order == ["dense", "low_resolution", "low_resolution_at_equal_time"]
 
 
 def test_lesions_are_asked_for_by_size():
