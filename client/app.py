@@ -59,10 +59,10 @@ def _hello(message: Message, sites: Sequence[Any]) -> RecordDict:
 def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     import torch
 
-    from client.site import training_images
+    from client.site import training_set
     from sparsecontrast import payload
     from sparsecontrast.methods import build_method
-    from sparsecontrast.trainer import LocalTrainer
+    from sparsecontrast.trainers import build_trainer
 
     (site,) = sites
     started = time.perf_counter()
@@ -70,26 +70,25 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
     method: Any = build_method(site.config, pretrained=False)  # the server's weights follow
     weights = _global_weights(message.content, _shapes(method))
-    images, patients = training_images(site)
+    own = training_set(site)
     method.load_state_dict(weights, strict=False)
-    trainer = LocalTrainer(method, site.config, site.name)
+    trainer = build_trainer(
+        method, site.config, site.name, site.state_dir, run_key, own.frame["patient_id"], site.key_dir
+    )
     folder = site.state_dir / "state" / run_key
     restored = _restore(trainer, folder, number, site.state_dir)
-    result = trainer.run(images, patients, number, rounds, proximal_mu=mu)
+    result = trainer.run(own.images, own.patient_codes, number, rounds, proximal_mu=mu)
     _save(trainer, folder, number)
     state, allowed = method.state_dict(), method.shared_parameters()
     packed = payload.pack(
         {name: state[name] for name in allowed}, allowed, site.config.federation.payload_dtype
     )
     metrics: dict[str, int | float] = {
-        "num-examples": len(images),
-        "steps": result.steps,
-        "images": result.images,
-        "seconds": result.seconds,
-        "setup-seconds": time.perf_counter() - started - result.seconds,
-        "state-round": restored,
-        **result.metrics,
-    }
+        "num-examples": result.examples, "steps": result.steps, "state-round": restored, **result.metrics
+    }  # fmt: skip
+    if result.images is not None and result.seconds is not None:  # a private round tells neither
+        setup = time.perf_counter() - started - result.seconds
+        metrics |= {"images": result.images, "seconds": result.seconds, "setup-seconds": setup}
     status: dict[str, Any] = {"status": "ok", "site": site.name, "round": number, "run_key": run_key}
     return RecordDict(
         {
@@ -114,6 +113,8 @@ def _answer(
         sites = _addressed(resolve(context.node_config, overrides), config)
         if len(sites) == 1:
             name, folder = sites[0].name, sites[0].state_dir
+            if sites[0].unheard:
+                _note(folder, f"refused from the server, this site's own file decides: {sites[0].unheard}")
         content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
         code = error.code if isinstance(error, SparseContrastError) else "internal"

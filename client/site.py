@@ -6,26 +6,34 @@ A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital
     state_dir: /var/lib/sparsecontrast      # ledger, optimizer, projector, client.log
     overrides: [data=csv, data.root=/images]   # of data, privacy, backbone
 
-What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a
-message are dropped unread. So is a file of pretrained weights: weights come from the server, and how
-its reading ends would tell which files lie here. A simulated node has only a partition number and
-takes the site of that rank from the configured data.
+What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a message
+are dropped unread, and ``client.log`` names them. So is a file of pretrained weights: weights come from
+the server, and how its reading ends would tell which files lie here. A simulated node has only a
+partition number and takes the site of that rank from the configured data.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast.config import Config, SiteConfig, anchored, compose, site_state_dir, split_overrides
+from sparsecontrast.config import (
+    Config,
+    SiteConfig,
+    anchored,
+    check,
+    compose,
+    shared_state_dir,
+    site_state_dir,
+    split_overrides,
+)
 from sparsecontrast.errors import ConfigError, EmptySiteError, TooFewImagesError
 from sparsecontrast.overrides import key_of, without
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
     from sparsecontrast.data.cache import Dataset
@@ -48,12 +56,19 @@ class Site:
         config: of the run, with what the site owns put in its place.
         state_dir: durable files of this site.
         simulated: whether the data hold other sites too.
+        unheard: keys of which the server spoke though they are the site's own.
     """
 
     name: str
     config: Config
     state_dir: Path
     simulated: bool
+    unheard: tuple[str, ...] = ()
+
+    @property
+    def key_dir(self) -> Path:
+        """Where the key of its patients' pseudonyms lies."""
+        return shared_state_dir(self.config) if self.simulated else self.state_dir
 
 
 def resolve(node_config: Mapping[str, Any], overrides: str) -> list[Site]:
@@ -80,8 +95,8 @@ def resolve(node_config: Mapping[str, Any], overrides: str) -> list[Site]:
     return _simulated_sites(partition, nodes, _composed(overrides))
 
 
-def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
-    """Return the site's training images, uint8 [N, S, S], and integer patient codes [N].
+def training_set(site: Site) -> "Dataset":
+    """Return the site's training images and what is known of them.
 
     Nothing outside the ``train`` split is ever touched here.
 
@@ -97,7 +112,7 @@ def training_images(site: Site) -> tuple["np.ndarray", "np.ndarray"]:
         raise EmptySiteError(f"site {site.name}: no readable training image; see quarantine.csv")
     if len(train) < least:
         raise TooFewImagesError(f"site {site.name}: {len(train)} training images, data.min_images={least}")
-    return train.images, train.patient_codes
+    return train
 
 
 def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
@@ -112,7 +127,8 @@ def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
 
 def _own_site(path: Path, overrides: str) -> Site:
     told = _read_site_file(path)
-    heard = compose(without(split_overrides(overrides), OWN))
+    words = split_overrides(overrides)
+    heard = compose(without(words, OWN))
     # by whatever spelling of an override it came
     asked = dataclasses.replace(heard.backbone, pretrained=False)
     own = compose(told["overrides"])
@@ -127,7 +143,16 @@ def _own_site(path: Path, overrides: str) -> Site:
         site=SiteConfig(told["name"], str(state_dir)),
         output_dir=str(state_dir),
     )
-    return Site(told["name"], config, state_dir, simulated=False)
+    check(config)  # parts that are in order by themselves may not fit each other
+    return Site(told["name"], config, state_dir, simulated=False, unheard=_unheard(words, heard))
+
+
+def _unheard(words: Sequence[str], heard: Config) -> tuple[str, ...]:
+    """Name what the server said of data and privacy, as overrides or within an experiment."""
+    keys = {key for word in words if (key := key_of(word)).split(".")[0] in ("data", "privacy")}
+    if heard.privacy.name != "none":
+        keys.add("privacy")
+    return tuple(sorted(keys))
 
 
 def _read_site_file(path: Path) -> dict[str, Any]:
@@ -177,7 +202,7 @@ def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
 def _site_names(config: Config) -> list[str]:
     from sparsecontrast.data.cache import load_rows
 
-    state_dir = _shared_state(config)
+    state_dir = shared_state_dir(config)
     key = repr((config.data, config.federation.partition, str(state_dir)))
     if key not in _names:
         frame, _ = load_rows(config.data, state_dir, progress=False)
@@ -204,7 +229,7 @@ def _dataset(site: Site) -> "Dataset":
     from sparsecontrast.data.cache import load_dataset
 
     config = site.config
-    state_dir = _shared_state(config) if site.simulated else site.state_dir
+    state_dir = site.key_dir
     cache_dir = (
         anchored(config.data.cache_dir) if config.data.cache_dir else Path(config.output_dir) / "cache"
     )
@@ -213,11 +238,6 @@ def _dataset(site: Site) -> "Dataset":
         _datasets.clear()
         _datasets[key] = load_dataset(config, cache_dir, state_dir, progress=False)
     return _datasets[key]
-
-
-def _shared_state(config: Config) -> Path:
-    """All simulated sites pseudonymise with one key: their data are one table."""
-    return anchored(config.output_dir) / "state"
 
 
 def _checked_name(name: str) -> str:

@@ -23,7 +23,7 @@ from server.strategy import Aggregator, Contribution, bounded_weights, quorum
 from server.verification import Expectation, RefusedError, read_reply, records_of
 from sparsecontrast import checkpoint, payload
 from sparsecontrast.config import FederationConfig, as_dict
-from sparsecontrast.errors import PayloadError, QuorumError
+from sparsecontrast.errors import BudgetSpentError, PayloadError, QuorumError
 from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import derive_seed
 
@@ -82,6 +82,7 @@ class Rounds:
         self.aggregator = Aggregator(self.config)
         self.aggregator.restore(strategy)
         self.parent: str | None = None
+        self.spent: set[str] = set()  # may not train any more in this run, and are not asked again
 
     def run(self) -> None:
         """Run every round that is left.
@@ -95,16 +96,23 @@ class Rounds:
         else:
             self.parent = checkpoint.weights_sha256(checkpoint.read_meta(self.folder.path, self.folder.done))
         for number in range((self.folder.done or 0) + 1, self.config.rounds + 1):
-            self._round(number)
+            if not self._round(number):
+                say(f"ends after round {number - 1}: every site's privacy budget is spent")
+                return
 
-    def _round(self, number: int) -> None:
+    def _round(self, number: int) -> bool:
+        """Run one round; False, and nothing changed, where no site may train on its patients any more."""
         started = time.monotonic()
         outcome = self._exchange(number)
+        self.spent |= {name for name, code in outcome.refused.items() if code == BudgetSpentError.code}
+        if self.spent.issuperset(self.sites):
+            self.folder.add_metrics(outcome.rows)  # who refused, for the report
+            return False
         if len(outcome.valid) < self.aggregator.quorum:
             raise QuorumError(
                 f"round {number}: {len(outcome.valid)} valid replies, {self.aggregator.quorum} are needed "
                 f"(federation.min_sites, {self.config.strategy}); refused: {outcome.refused or 'none'}; "
-                f"silent: {outcome.silent or 'none'}"
+                f"silent: {outcome.silent or 'none'}; privacy budget spent: {sorted(self.spent) or 'none'}"
             )
         self.flat = self.aggregator.aggregate(number, self.flat, outcome.valid)
         row = _summary(number, outcome, self.config, time.monotonic() - started)
@@ -114,10 +122,12 @@ class Rounds:
         if self.folder.config.tensorboard:
             write_tensorboard(self.folder.path)
         say(_line(row, self.config.rounds))
+        return True
 
     def _exchange(self, number: int) -> Outcome:
         """Send the weights out and verify what comes back."""
-        names = participants(list(self.sites), self.config, self.folder.config.seed, number)
+        able = [name for name in self.sites if name not in self.spent]
+        names = participants(able, self.config, self.folder.config.seed, number)
         down = payload.repack(self.flat, self.shapes, self.config.payload_dtype)
         shared = records_of(down)
         letters = {name: self._letter(name, number, shared) for name in names}
@@ -229,6 +239,9 @@ def _summary(number: int, outcome: Outcome, config: FederationConfig, seconds: f
         "site": None,
         "loss": _mean(outcome.rows, "loss"),
         "keep": _mean(outcome.rows, "keep"),
+        **(
+            {"epsilon": max(told)} if (told := [r["epsilon"] for r in outcome.rows if "epsilon" in r]) else {}
+        ),
         "seconds": round(seconds, 3),
         "bytes_down": outcome.bytes_down,
         "bytes_up": outcome.bytes_up,
@@ -250,6 +263,7 @@ def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
 def _line(row: dict[str, Any], rounds: int) -> str:
     loss = "      -" if row["loss"] is None else f"{row['loss']:7.4f}"
     kept = "" if row["keep"] is None else f"  tokens {row['keep']:.0%}"
+    kept += f"  epsilon {row['epsilon']:.3f}" if "epsilon" in row else ""
     asked = len(row["contributors"]) + len(row["refused"]) + len(row["silent"])
     return (
         f"round {row['round']:3d}/{rounds}  loss {loss}{kept}  sites {len(row['contributors'])}/{asked}  "

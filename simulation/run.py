@@ -8,10 +8,10 @@ from typing import Any
 
 from simulation.fresh import clear
 from sparsecontrast import overrides
-from sparsecontrast.config import Config, anchored, compose
+from sparsecontrast.config import Config, anchored, compose, shared_state_dir
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
-from sparsecontrast.runs import PARTITION, QUARANTINE, STATE
+from sparsecontrast.runs import PARTITION, QUARANTINE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,8 +73,8 @@ def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
         words = overrides.merge(words, [overrides.assign("data.index", folder / PARTITION)])
         config = compose(words)
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
-    load_dataset(config, cache, folder / STATE)
-    write_bytes(folder / QUARANTINE, (folder / STATE / QUARANTINE).read_bytes())
+    load_dataset(config, cache, shared_state_dir(config))
+    write_bytes(folder / QUARANTINE, (shared_state_dir(config) / QUARANTINE).read_bytes())
     return words
 
 
@@ -89,7 +89,7 @@ def _cut(config: Config, folder: Path) -> None:
     from sparsecontrast.data.cache import load_rows
     from sparsecontrast.data.index import write_index, write_table
 
-    frame, left_out = load_rows(config.data, folder / STATE)
+    frame, left_out = load_rows(config.data, shared_state_dir(config))
     frame = partition(frame, config.federation, config.seed)
     wanted, found = config.federation.sites, sorted(set(frame["site"]))
     if len(found) < wanted:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsecontrast.errors import ConfigError, PrivacyError
+from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import check_ranges
 from sparsecontrast.relations import check_relations
 from sparsecontrast.structure import build
@@ -99,8 +99,9 @@ class DataConfig:
 class PrivacyConfig:
     """Differential privacy of a site, each patient's; ``configs/privacy/dp_sgd.yaml`` explains every field.
 
-    Under ``none`` all others are None. ``delta``, ``noise_multiplier`` and ``insecure_seed`` may be so
-    under ``dp_sgd`` too: chosen by the number of patients, by the planned rounds, and no seed.
+    Under ``none`` all others are None. ``delta``, ``noise_multiplier``, ``public_patients`` and
+    ``insecure_seed`` may be so under ``dp_sgd`` too: chosen by the number of patients, by the planned
+    rounds, that number rounded, and no seed.
     """
 
     name: Literal["none", "dp_sgd"]
@@ -112,6 +113,7 @@ class PrivacyConfig:
     planned_rounds: int | None = None
     steps_per_round: int | None = None
     images_per_patient: int | None = None
+    public_patients: int | None = None
     insecure_seed: int | None = None
 
 
@@ -231,20 +233,6 @@ def check(config: Config) -> None:
     check_relations(config)
 
 
-def refuse_private_training(config: Config) -> None:
-    """Refuse to train where a promise of privacy would not be kept: no step is clipped or noised yet.
-
-    Raises:
-        PrivacyError: ``privacy`` is not ``none``.
-    """
-    if config.privacy.name != "none":
-        raise PrivacyError(
-            f"privacy={config.privacy.name}: training cannot keep it yet: no gradient is clipped, no noise "
-            "is added, so nothing is trained. `sparsecontrast budget` plans and accounts; train only with "
-            "privacy=none, if weights that may leak their data are acceptable"
-        )
-
-
 def split_overrides(text: str) -> list[str]:
     """Split one string into overrides at white space outside brackets and quotes."""
     words, word, depth, quote = [], "", 0, ""
@@ -272,6 +260,17 @@ def site_state_dir(config: Config, site: str) -> Path:
     if config.site.state_dir is not None:
         return anchored(config.site.state_dir)
     return anchored(config.output_dir) / "sites" / site
+
+
+def shared_state_dir(config: Config) -> Path:
+    """Return the folder of what all sites on one machine share: their key of pseudonyms, the built index.
+
+    With ``site.state_dir`` it outlives the run, as a privacy budget must: another key would make every
+    patient a new one.
+    """
+    if config.site.state_dir is not None:
+        return anchored(config.site.state_dir)
+    return anchored(config.output_dir) / "state"
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecontrast.auto_encode import encode_auto, extra_ticks
 from sparsecontrast.checkpoint import Round
-from sparsecontrast.config import DataConfig, anchored, as_dict
+from sparsecontrast.config import DataConfig, anchored, as_dict, shared_state_dir
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, PatientLeakError
 from sparsecontrast.features import (
@@ -30,7 +30,7 @@ from sparsecontrast.features import (
 from sparsecontrast.methods.method import Method
 from sparsecontrast.overlays import selection_recall, selection_spread
 from sparsecontrast.progress import progress
-from sparsecontrast.runs import EVALUATION, PARTITION, STATE, Run, read_run, read_table
+from sparsecontrast.runs import EVALUATION, PARTITION, Run, read_run, read_table
 from sparsecontrast.scoring import METRICS, Features, Scorer
 from sparsecontrast.tasks import make_table, parse_tasks
 
@@ -95,7 +95,7 @@ def run_dataset(run: Run, show: bool = True) -> "Dataset":
 
     cache = run.config.data.cache_dir
     folder = anchored(cache) if cache else run.folder / "cache"
-    return load_dataset(run.config, folder, run.folder / STATE, progress=show)
+    return load_dataset(run.config, folder, shared_state_dir(run.config), progress=show)
 
 
 def run_sites(run: Run, dataset: "Dataset") -> list[str] | None:

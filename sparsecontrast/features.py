@@ -204,7 +204,7 @@ class Baselines:
             result = trainer.run(
                 self.images[rows[chosen]], patients[chosen], number, config.federation.rounds
             )
-            seen += result.images
+            seen += result.images or 0
             tick(f"{name}, round {number}, loss {result.metrics['loss']:.3f}")
         weights = {n: t.detach().cpu().clone() for n, t in _shared(trainer.method).items()}
         write_tensors(path, {**weights, "images": torch.tensor(seen)})

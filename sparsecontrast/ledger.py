@@ -31,6 +31,7 @@ from sparsecontrast.policy import Policy
 
 FILE = "ledger.sqlite"
 HEAD = "ledger.head.json"
+INSECURE = "insecure"  # folder of the ledger of runs whose noise can be repeated
 TABLES = (
     "CREATE TABLE IF NOT EXISTS chain (number INTEGER PRIMARY KEY, previous TEXT NOT NULL, "
     "kind TEXT NOT NULL, body TEXT NOT NULL, hash TEXT NOT NULL)",
@@ -264,10 +265,15 @@ class Ledger:
 def ledger_of(config: Config, state_dir: Path) -> Ledger:
     """Return the ledger in a site's folder of durable state.
 
+    A run with an insecure seed protects nobody: it has a ledger apart, and neither burdens nor refutes the
+    one that says what patients were promised.
+
     Raises:
         ConfigError: that folder is a run's own, though the patients are real: each new ``output_dir``
             would begin with a whole budget.
     """
+    if config.privacy.insecure_seed is not None:
+        return Ledger(state_dir / INSECURE)
     if config.site.state_dir is None and config.data.kind != "phantom":
         raise ConfigError(
             "site.state_dir=null: a privacy budget belongs to patients, but this folder to one run, and the "

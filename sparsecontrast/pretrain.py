@@ -8,22 +8,26 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 
 from sparsecontrast import checkpoint, overrides
-from sparsecontrast.config import Config, anchored, as_dict, refuse_private_training
+from sparsecontrast.config import Config, anchored, as_dict, shared_state_dir, site_state_dir
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, TooFewImagesError
 from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
 from sparsecontrast.resume import refuse_old_rounds, resolve
-from sparsecontrast.runs import CONFIG, METRICS, STATE
+from sparsecontrast.runs import CONFIG, METRICS
 from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import LocalTrainer, TrainResult
+from sparsecontrast.trainers import build_trainer
+
+if TYPE_CHECKING:
+    from sparsecontrast.data.dataset import Dataset
+    from sparsecontrast.private_trainer import PrivateTrainer
 
 TOGETHER = "all_sites"  # the name of a trainer that sees every site
 
@@ -40,9 +44,9 @@ def pretrain(config: Config, show: bool = True) -> Path:
             would make it another run.
         TooFewImagesError: fewer training images than ``data.min_images``.
         CheckpointError: nothing whole to continue from.
-        PrivacyError: it would not be as private as configured.
+        MethodError: it cannot be as private as configured.
+        PrivacyError: the site's budget does not allow it, or its ledger cannot be trusted.
     """
-    refuse_private_training(config)
     resumed = config.resume is not None
     if resumed:
         config, _ = resolve(overrides.merge(config.overrides, [overrides.assign("resume", config.resume)]))
@@ -50,30 +54,47 @@ def pretrain(config: Config, show: bool = True) -> Path:
     config = dataclasses.replace(config, output_dir=str(folder))
     refuse_old_rounds(config)
     config = dataclasses.replace(config, resume=None)  # no word of it in the record
-    images, patients = _training_images(config, folder, show)
     method = build_method(config, pretrained=not resumed)  # a round's weights follow
-    trainer = LocalTrainer(method, config, config.site.name or TOGETHER)
-    record = _Record(folder, trainer)
+    own, site = _training_set(config, folder, show), config.site.name or TOGETHER
+    key = _run_key(folder) if resumed else secrets.token_hex(16)
+    trainer = build_trainer(
+        method, config, site, site_state_dir(config, site), key, own.frame["patient_id"],
+        shared_state_dir(config),
+    )  # fmt: skip
+    record = _Record(folder, trainer, key)
+    images, patients = own.images, own.patient_codes
     done = record.restore() if resumed else record.start()
     rounds = config.federation.rounds
     with progress("Pretraining", rounds - done, show) as tick:
         for number in range(done + 1, rounds + 1):
             result = trainer.run(images, patients, number, rounds)
-            record.add(number, result, len(images))
-            tick(f"round {number}, loss {result.metrics['loss']:.4f}")
+            record.add(number, result)
+            told = result.metrics
+            tick(f"round {number}, " + (f"loss {told['loss']:.4f}" if "loss" in told else _spent(told)))
     if config.tensorboard:
         write_tensorboard(folder)
     return folder
 
 
-def _training_images(config: Config, folder: Path, show: bool) -> tuple[np.ndarray, np.ndarray]:
+def _spent(told: Mapping[str, float]) -> str:
+    return f"epsilon {told['epsilon']:.3f} (delta {told['delta']:g})"
+
+
+def _run_key(folder: Path) -> str:
+    number = checkpoint.latest(folder)
+    if number is None:
+        raise CheckpointError(f"{folder}: no whole round to continue from; start anew elsewhere")
+    return checkpoint.read_meta(folder, number)["run_key"]
+
+
+def _training_set(config: Config, folder: Path, show: bool) -> "Dataset":
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
-    dataset = load_dataset(config, cache, folder / STATE, progress=show)
+    dataset = load_dataset(config, cache, shared_state_dir(config), progress=show)
     own = (dataset.site(config.site.name) if config.site.name else dataset).split("train")
     if len(own) < config.data.min_images:
         name, least = config.site.name or "the data", config.data.min_images
         raise TooFewImagesError(f"{name}: {len(own)} training images, data.min_images={least}")
-    return own.images, own.patient_codes
+    return own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +102,14 @@ class _Record:
     """The files of a run; a round counts once its checkpoint is whole, as in a federation."""
 
     folder: Path
-    trainer: LocalTrainer
+    trainer: "LocalTrainer | PrivateTrainer"
+    key: str
 
     def start(self) -> int:
         """Write the configuration and round 0; returns 0."""
         self._configure()
         write_bytes(self.folder / METRICS, b"")
-        self._keep(0, [], secrets.token_hex(16), None)
+        self._keep(0, [], None)
         return 0
 
     def restore(self) -> int:
@@ -104,20 +126,21 @@ class _Record:
         write_bytes(self.folder / METRICS, _lines(rows).encode())
         return number
 
-    def add(self, number: int, result: TrainResult, examples: int) -> None:
+    def add(self, number: int, result: TrainResult) -> None:
         """Write a round: first what continuing needs, then the round, then what may be lost."""
-        name, loss = self.trainer.site, result.metrics["loss"]
+        name, loss = self.trainer.site, result.metrics.get("loss")
         site = {
-            "round": number, "site": name, "status": "ok", "weight": 1.0, "num_examples": examples,
+            "round": number, "site": name, "status": "ok", "weight": 1.0, "num_examples": result.examples,
             "steps": result.steps, "images": result.images, "seconds": result.seconds, **result.metrics,
         }  # fmt: skip
+        site = {key: value for key, value in site.items() if value is not None}
         whole = {
             "round": number, "site": None, "rounds": self.trainer.config.federation.rounds, "loss": loss,
             "seconds": result.seconds, "contributors": [name], "refused": {}, "silent": [],
         }  # fmt: skip
         before = checkpoint.read_meta(self.folder, number - 1)
         self.trainer.save(self._state(number))
-        self._keep(number, [site, whole], before["run_key"], checkpoint.weights_sha256(before))
+        self._keep(number, [site, whole], checkpoint.weights_sha256(before))
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(_lines([site, whole]))
         self._state(number - 1).unlink(missing_ok=True)
@@ -127,12 +150,12 @@ class _Record:
         text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
         write_bytes(self.folder / CONFIG, text.encode())
 
-    def _keep(self, number: int, rows: list[Mapping[str, Any]], key: str, parent: str | None) -> None:
+    def _keep(self, number: int, rows: list[Mapping[str, Any]], parent: str | None) -> None:
         state, config = self.trainer.module.state_dict(), self.trainer.config
         tensors = {n: state[n].detach().cpu().float() for n in self.trainer.method.shared_parameters()}
         meta = {
             "rows": rows,
-            "run_key": key,
+            "run_key": self.key,
             "seed": config.seed,
             "parent": parent,
             "config": as_dict(config),

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from sparsecontrast.coupling import noise_batch
 from sparsecontrast.errors import ConfigError, MethodError
-from sparsecontrast.methods.method import Batch, Method
+from sparsecontrast.methods.method import Batch, Method, refuse_coupled
 from sparsecontrast.noise import SecureStream
 from sparsecontrast.row_gradients import RowGradients
 
@@ -240,17 +240,3 @@ class PatientSGD:
         owner, counts = batch.patients.unique(return_inverse=True, return_counts=True)[1:]
         self.rows.backward(batch, 1 / counts[owner].double(), self._bf16)
         self.optimizer.clip_and_accumulate(batch.patients)
-
-
-def refuse_coupled(method: Method) -> None:
-    """Refuse a method whose loss of a row depends on other rows.
-
-    Raises:
-        MethodError: says why.
-    """
-    if not method.per_sample:
-        raise MethodError(
-            f"{type(method).__name__} compares the images of a batch with each other: one patient then "
-            "changes every row's gradient, no clipping of single patients bounds that, and the epsilon would "
-            "be false; use method=patch_contrast"
-        )

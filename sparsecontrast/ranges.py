@@ -64,6 +64,7 @@ RANGES: dict[str, Bounds] = {
     "privacy.planned_rounds": COUNT,
     "privacy.steps_per_round": COUNT,
     "privacy.images_per_patient": COUNT,
+    "privacy.public_patients": COUNT,
     "privacy.insecure_seed": SEED,
     "federation.rounds": COUNT,
     "federation.sites": COUNT,

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsecontrast.charts import Bar, Line, bar_chart, line_chart
-from sparsecontrast.runs import QUARANTINE, STATE, Run, read_table
+from sparsecontrast.config import shared_state_dir
+from sparsecontrast.runs import QUARANTINE, Run, read_table
 
 if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
@@ -101,7 +102,7 @@ def hospital_table(run: Run, dataset: "Dataset | None") -> list[list[str]]:
             f"{100 * float(good[-1].get('weight', 1)):.1f} %" if good else "–",
             f"{good[-1]['loss']:.3f}" if good and "loss" in good[-1] else "–",
             megabytes(sum(r.get("bytes_up") or 0 for r in rows)),
-            duration(sum(r.get("seconds") or 0 for r in good) / max(1, len(good))),
+            _mean_duration([r["seconds"] for r in good if r.get("seconds")]),
         ])  # fmt: skip
     return [head, *lines] if lines else []
 
@@ -140,7 +141,7 @@ def quarantine(run: Run) -> list[list[str]]:
     """Counts by stage and reason; never a path."""
     tables = [
         t
-        for t in (read_table(run.folder, QUARANTINE), read_table(run.folder / STATE, QUARANTINE))
+        for t in (read_table(run.folder, QUARANTINE), read_table(shared_state_dir(run.config), QUARANTINE))
         if t is not None
     ]
     if not tables:
@@ -169,6 +170,10 @@ def transfer(run: Run) -> dict[str, Any]:
         "each": megabytes(first.get("bytes_up") or 0),
         "dtype": run.config.federation.payload_dtype,
     }
+
+
+def _mean_duration(seconds: list[float]) -> str:
+    return duration(sum(seconds) / len(seconds)) if seconds else "–"
 
 
 def megabytes(count: float) -> str:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 BASELINES = ("pixels", "random_init", "local_only", "centralised")
 """What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
 
-CHOSEN = ("delta", "noise_multiplier", "insecure_seed")
-"""What may be null under ``privacy=dp_sgd``: chosen by the number of patients, by the plan, and none."""
+CHOSEN = ("delta", "noise_multiplier", "public_patients", "insecure_seed")
+"""What may be null under ``privacy=dp_sgd``: chosen by the patients, by the plan, by rounding, and none."""
 
 Relations = list[tuple[bool, str]]
 """Whether each holds, and what is said where it does not."""
@@ -119,11 +119,27 @@ def _privacy_relations(config: "Config") -> Relations:
         return [(not told, f"{', '.join(told)}: means nothing under privacy=none; choose privacy=dp_sgd")]
     missing = [f"privacy.{key}" for key, v in vars(p).items() if v is None and key not in CHOSEN]
     steps = (p.planned_rounds or 0) * (p.steps_per_round or 0)
+    trained = sorted(set(config.evaluation.baselines) & {"local_only", "centralised"})
     return [
         (not missing, f"{', '.join(missing)}: must not be null under privacy={p.name}"),
         (
             steps <= MAX_STEPS,
             f"privacy.planned_rounds x privacy.steps_per_round = {steps}: must be at most {MAX_STEPS}",
+        ),
+        (
+            (p.images_per_patient or 1) <= config.train.batch_size,
+            f"privacy.images_per_patient={p.images_per_patient}: must fit into train.batch_size="
+            f"{config.train.batch_size}, for a patient's images are clipped together",
+        ),
+        (
+            not config.train.compile,
+            "train.compile=true: gradients of single patients come from hooks, which compiling removes; "
+            f"set it to false under privacy={p.name}",
+        ),
+        (
+            not trained,
+            f"evaluation.baselines: {', '.join(trained)} train on the same patients without privacy; leave "
+            "them out, or run them with privacy=none",
         ),
     ]
 

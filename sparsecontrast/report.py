@@ -18,6 +18,7 @@ from sparsecontrast.errors import SparseContrastError
 from sparsecontrast.evaluation import run_dataset, run_sites, versions
 from sparsecontrast.features import load_method
 from sparsecontrast.overrides import key_of
+from sparsecontrast.promised import promised
 from sparsecontrast.runs import PARTITION, Run, read_evaluation, read_run
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def write_report(run_dir: str | Path, overrides: Sequence[str] = (), show: bool 
         quarantine=record.quarantine(run),
         looks=_looks(run, dataset, absent, show),
         transfer=record.transfer(run),
+        privacy=promised(run),
         config=_settings(run),
     )  # fmt: skip
     path = run.folder / "report.html"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecontrast import checkpoint, overrides
-from sparsecontrast.config import Config, anchored, as_dict, compose, refuse_private_training
+from sparsecontrast.config import Config, anchored, as_dict, compose
 from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.runs import CONFIG, read_saved
@@ -30,10 +30,8 @@ def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
     Raises:
         ConfigError: an impossible override, no run to continue, or a difference that would change
             what the run computes.
-        PrivacyError: it would not be as private as configured.
     """
     config = compose(list(words))
-    refuse_private_training(config)
     if config.resume is None:
         folder = anchored(config.output_dir)
         words = overrides.merge(words, [overrides.assign("output_dir", folder)])
@@ -45,7 +43,6 @@ def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
     words = overrides.without(overrides.merge(saved["overrides"], list(words)), ["resume", "output_dir"])
     words = [*words, overrides.assign("output_dir", folder)]
     resumed = compose(words)
-    refuse_private_training(resumed)
     _compare(saved, as_dict(resumed), folder)
     return dataclasses.replace(resumed, resume=str(folder), output_dir=str(folder)), words
 

@@ -19,7 +19,6 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 PARTITION = "partition.csv"
 QUARANTINE = "quarantine.csv"
-STATE = "state"  # of the simulated sites together: key of the pseudonyms, built index
 EVALUATION = "evaluation.json"
 # keys of the config that hold a path, and may hold one into the run folder
 PATHS = (("data", "root"), ("data", "index"), ("data", "cache_dir"), ("site", "state_dir"),

@@ -13,7 +13,7 @@ from sparsecontrast.config import (
     site_state_dir,
     split_overrides,
 )
-from sparsecontrast.errors import ConfigError, PrivacyError
+from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import RANGES, check_range
 
 
@@ -192,22 +192,6 @@ def test_a_private_site_says_what_it_promises():
         ConfigError, match="planned_rounds x privacy.steps_per_round = 1000000000: must be at"
     ):
         compose("privacy=dp_sgd privacy.planned_rounds=1000000 privacy.steps_per_round=1000")
-
-
-def test_private_training_is_refused_wherever_it_would_start(tmp_path):
-    from sparsecontrast.pretrain import pretrain
-    from sparsecontrast.resume import resolve
-    from sparsecontrast.trainer import LocalTrainer
-
-    words = ["privacy=dp_sgd", f"output_dir={tmp_path}/run"]
-    for start in (
-        lambda: pretrain(compose(words), show=False),  # in one place
-        lambda: resolve(words),  # a federation, simulated or not
-        lambda: LocalTrainer(None, compose(words), "a"),  # a site, whoever asks
-    ):
-        with pytest.raises(PrivacyError, match="nothing is trained"):
-            start()
-    assert not list(tmp_path.iterdir())
 
 
 def test_selection_reaches_the_method():

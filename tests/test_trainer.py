@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from sparsecontrast.batches import epoch_batches
 from sparsecontrast.config import compose
 from sparsecontrast.errors import CheckpointError, MethodError, TooFewImagesError
 from sparsecontrast.methods import build_method
-from sparsecontrast.trainer import LocalTrainer, derive_seed, epoch_batches, lr_factor
+from sparsecontrast.trainer import LocalTrainer, derive_seed, lr_factor
 
 TINY = [
     "backbone.img_size=32",

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from sparsecontrast.config import BackboneConfig, Config
+from sparsecontrast.methods.method import refuse_coupled
 from sparsecontrast.methods.patch_contrast import PatchContrast
 from sparsecontrast.methods.sparse_contrast import SparseContrast
 from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
@@ -29,11 +30,15 @@ def build_method(config: Config, pretrained: bool = True) -> SparseContrast | Pa
 
     Raises:
         ModelError: the backbone cannot be built or its pretrained weights do not fit.
+        MethodError: ``privacy`` is configured, and the method couples the images of a batch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         told = config.backbone if pretrained else dataclasses.replace(config.backbone, pretrained=False)
-        return METHODS[config.method.name](config.method, _build_backbone(told, config.method.cell))
+        method = METHODS[config.method.name](config.method, _build_backbone(told, config.method.cell))
+    if config.privacy.name != "none":
+        refuse_coupled(method)
+    return method
 
 
 def _build_backbone(config: BackboneConfig, cell: int) -> SparseViT | SparseCNN:

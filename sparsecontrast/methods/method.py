@@ -6,6 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsecontrast.errors import MethodError
+
 SHARED = ("backbone.", "saliency.")  # the only prefixes whose tensors may leave a site
 
 
@@ -106,3 +108,17 @@ class Method(Protocol):
     def look(self, images: Tensor) -> Look:
         """Show where the method looks, deterministic, without gradient."""
         ...
+
+
+def refuse_coupled(method: Method) -> None:
+    """Refuse a method whose loss of a row depends on other rows.
+
+    Raises:
+        MethodError: says why.
+    """
+    if not method.per_sample:
+        raise MethodError(
+            f"{type(method).__name__} compares the images of a batch with each other: one patient then "
+            "changes every row's gradient, no clipping of single patients bounds that, and the epsilon would "
+            "be false; use method=patch_contrast"
+        )

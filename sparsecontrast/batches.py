@@ -1,0 +1,85 @@
+"""What one step sees: rows drawn from a site's images, made into two views."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparsecontrast.config import Config
+from sparsecontrast.data.transforms import Augmentation, shifted_views, two_views
+from sparsecontrast.methods.method import Batch, Method
+
+
+@dataclass(frozen=True)
+class Views:
+    """Makes batches of one method.
+
+    Attributes:
+        method: says which views it needs.
+        config: ``backbone.img_size`` and ``train``.
+        device: where the method lives.
+    """
+
+    method: Method
+    config: Config
+    device: torch.device
+
+    def batch(
+        self, images: np.ndarray, patients: np.ndarray, rows: np.ndarray, partners: np.ndarray,
+        generator: torch.Generator, step: int,
+    ) -> Batch:  # fmt: skip
+        """Make two views of each row; the second is of its partner where that is another image.
+
+        Args:
+            images: uint8 [N, S, S]; may be memory-mapped.
+            patients: integer codes [N].
+            rows: of the batch [B].
+            partners: a row each [B].
+            generator: of everything random in the step.
+            step: 0-based.
+        """
+        size, (low, high) = self.config.backbone.img_size, self.config.train.crop_area
+        augmentation = Augmentation(area=(low, high), degrees=self.config.train.rotation)
+        pixels, shift = torch.from_numpy(np.asarray(images[rows])), None
+        if self.method.shifts_views:
+            views, shift = shifted_views(pixels, generator, size, self.method.cell_size, augmentation)
+            shift = shift.to(self.device)
+        else:
+            views = two_views(pixels, generator, size, augmentation)
+        second = views.second
+        if not np.array_equal(rows, partners):
+            other = torch.from_numpy(np.asarray(images[partners]))
+            second = two_views(other, generator, size, augmentation).second
+        codes = torch.from_numpy(np.asarray(patients[rows], dtype=np.int64))
+        return Batch(
+            views.first.to(self.device), second.to(self.device), codes.to(self.device), generator, step, shift
+        )
+
+
+def epoch_batches(
+    patients: np.ndarray, config: Config, generator: torch.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shuffle ``local_epochs`` passes into batches of (rows, partner rows).
+
+    A partner is the row itself, or with ``method.same_patient`` a random image of the same patient
+    (MedAug, Vu et al. 2021). A last short batch is dropped unless it is the only one.
+    """
+    n = len(patients)
+    size = min(config.train.batch_size, n)
+    batches = []
+    for _ in range(config.train.local_epochs):
+        order = torch.randperm(n, generator=generator).numpy()
+        for start in range(0, n - size + 1, size):
+            rows = np.sort(order[start : start + size])  # ascending rows read a memory map in order
+            partners = _partners(rows, patients, generator) if config.method.same_patient else rows
+            batches.append((rows, partners))
+    return batches
+
+
+def _partners(rows: np.ndarray, patients: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """A random image of the same patient for each row."""
+    order = np.argsort(patients, kind="stable")
+    first = np.searchsorted(patients[order], patients[rows], side="left")
+    last = np.searchsorted(patients[order], patients[rows], side="right")
+    draws = torch.rand(len(rows), generator=generator).numpy()
+    return order[first + np.floor(draws * (last - first)).astype(np.int64)]

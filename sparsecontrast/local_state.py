@@ -1,0 +1,49 @@
+"""What a site keeps between rounds: local tensors and the optimizer's moments, one safetensors file.
+
+Shared tensors are not in it: they come from the server with each round.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sparsecontrast.checkpoint import read_tensors, write_tensors
+from sparsecontrast.methods.method import Method
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def load_local(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> None:
+    """Restore local tensors and optimizer moments; shared weights stay as they are.
+
+    Raises:
+        CheckpointError: the file is missing, torn, or of another model.
+    """
+    module: nn.Module = method  # type: ignore[assignment]
+    saved = read_tensors(path)
+    local = {n.removeprefix("local."): t for n, t in saved.items() if n.startswith("local.")}
+    module.load_state_dict(local, strict=False)
+    for name, parameter in trained(module):
+        found = {k: saved[key] for k in MOMENTS if (key := f"optimizer.{k}.{name}") in saved}
+        if found:
+            device = parameter.device
+            optimizer.state[parameter] = {
+                k: v.clone() if k == "step" else v.to(device) for k, v in found.items()
+            }
+
+
+def save_local(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> None:
+    """Write local tensors and optimizer moments to ``path``, atomically."""
+    module: nn.Module = method  # type: ignore[assignment]
+    shared = set(method.shared_parameters())
+    tensors = {f"local.{n}": t for n, t in module.state_dict().items() if n not in shared}
+    for name, parameter in trained(module):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    write_tensors(path, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+
+
+def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters that the optimizer moves, by name."""
+    return [(n, p) for n, p in module.named_parameters() if p.requires_grad]

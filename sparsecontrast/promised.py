@@ -1,0 +1,55 @@
+"""What a run promised its patients, for its report: epsilon by hospital, and what it leaves open."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsecontrast.runs import Run
+
+MEANING = (
+    "Epsilon bounds how much anybody who sees all that left a hospital can learn of whether one patient, "
+    "with all images, was among its training patients: the odds change by at most a factor of exp(epsilon), "
+    "save with probability delta. It holds for all steps of all rounds and of all earlier runs on the same "
+    "patients together. For the federation the largest epsilon counts, if no patient is at two hospitals."
+)
+NOT_COVERED = (
+    "Not covered by epsilon: the rounded number of patients that a hospital tells (privacy.public_patients "
+    "makes it a constant), how long its answers take, whether it takes part, and all on this page that was "
+    "computed from labels or images afterwards: scores, charts and pictures."
+)
+INSECURE = (
+    "privacy.insecure_seed was set: the noise of this run can be repeated by anyone who knows the seed. It "
+    "protects nobody. The epsilon below is that of the same run with secret noise."
+)
+HEAD = ["hospital", "epsilon", "delta", "noise multiplier", "private rounds", "refused for budget"]
+
+
+def promised(run: Run) -> dict[str, Any] | None:
+    """Return the table of hospitals, head first, with warnings; None where no hospital trained privately."""
+    private = {r["site"]: r for r in run.sites if "epsilon" in r}  # the last word of each
+    if not private:
+        return None
+    every = dict.fromkeys(r["site"] for r in run.sites)
+    lines = [_line(run, site, private.get(site)) for site in every]
+    seeded = run.config.privacy.insecure_seed is not None
+    return {
+        "table": [HEAD, *lines],
+        "insecure": INSECURE if seeded or any(r.get("insecure_noise") for r in private.values()) else "",
+        "open": [site for site in every if site not in private and _gave(run, site)],
+        "worst": max(r["epsilon"] for r in private.values()),
+        "meaning": MEANING,
+        "not_covered": NOT_COVERED,
+    }  # fmt: skip
+
+
+def _line(run: Run, site: str, last: Mapping[str, Any] | None) -> list[str]:
+    rows = [r for r in run.sites if r["site"] == site]
+    spent = str(sum(r.get("code") == "budget_spent" for r in rows))
+    if last is None:
+        return [site, "none", "–", "–", "0", spent]
+    done = str(sum("epsilon" in r for r in rows))
+    told = [f"{last['epsilon']:.3f}", f"{last['delta']:g}", f"{last['noise_multiplier']:.4g}"]
+    return [site, *told, done, spent]
+
+
+def _gave(run: Run, site: str) -> bool:
+    return any(r["site"] == site and r.get("status", "ok") == "ok" for r in run.sites)
