@@ -212,7 +212,8 @@ def _ours(
     contender: Contender, backbone: BackboneConfig, method: MethodConfig, device: torch.device, seed: int
 ) -> Workload:
     # build_method reads these of a run's configuration and nothing else
-    run = cast(Config, SimpleNamespace(seed=seed, backbone=backbone, method=method))
+    privacy = SimpleNamespace(name="none")
+    run = cast(Config, SimpleNamespace(seed=seed, backbone=backbone, method=method, privacy=privacy))
     module = build_method(run).to(device)
     module.keep = contender.keep
     return Workload(

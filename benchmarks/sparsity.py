@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.alone import Alone, remote_clock
 from benchmarks.contenders import (
     OURS,
     Contender,
@@ -46,7 +47,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.memory import training_memory
 from benchmarks.record import machine, print_table, write_result
-from benchmarks.stopwatch import Part, Ratio, Times, cpu_clock, cuda_clock, interleave, ratio
+from benchmarks.stopwatch import Part, Ratio, Times, cuda_clock, interleave, ratio
 from sparsecontrast.errors import MethodError
 from sparsecontrast.levels import STRIDE
 from sparsecontrast.precision import Precision
@@ -61,6 +62,7 @@ TOKEN_RIVALS = ("evit", "evit_one_stage", "dynamic_vit", "tome", "random_drop", 
 FEW_RIVALS = ("evit", "tome", "random_drop", "low_resolution")
 COMPILED_RIVALS = ("random_drop", "low_resolution")
 PHASES = ("train", "infer_1", "infer_n")
+TOGETHER = 9  # contenders at a time on a CPU: their memory adds up
 SHOWN = {
     "method": "method", "keep": "keep", "precision": "precision", "attention": "attention",
     "phase": "phase", "cost_ms": "ms", "ratio_equal_precision": "x equal", "ratio_equal_precision_low": "low",
@@ -106,7 +108,6 @@ class Cell:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure cell by cell, print, and write JSON if asked."""
     args = _arguments(argv)
-    torch.set_num_threads(1)
     device = torch.device(args.device)
     protocol = QUICK if args.quick else Protocol()
     protocol = replace(protocol, batch=args.batch or protocol.batch)
@@ -145,7 +146,7 @@ def cells(
             if vit or size == 224:
                 for precision in PRECISIONS[device]:
                     ways = (False, True) if compiled and precision != "int8" else (False,)
-                    if precision == "int8" and not vit and "resnet" in model.backbone:
+                    if precision == "int8" and not vit and model.backbone != "convnext_tiny":
                         continue  # no linear layer to quantise
                     for way in ways:
                         yield Cell(model, precision, way)
@@ -188,30 +189,63 @@ def contenders(cell: Cell, protocol: Protocol, device: torch.device) -> list[Con
 
 
 def measure(cell: Cell, protocol: Protocol, device: torch.device) -> list[dict[str, Any]]:
-    """Measure one cell: memory of each contender by itself, then the times of all, interleaved."""
-    dense = references(cell, device)
-    batch = protocol.batch or _batch(cell.model, device)
+    """Measure one cell: memory of each contender by itself, then the times of all, interleaved.
+
+    On a CPU a few contenders at a time, each in a process of its own (``alone.py``), beside the references.
+    """
+    dense, others = references(cell, device), contenders(cell, protocol, device)
+    size = len(others) if device.type == "cuda" else TOGETHER
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(others), size):
+        found = _measure_group(cell, dense, others[start : start + size], protocol, device)
+        rows += found if not start else [row for row in found if row["method"] != "dense"]
+    order = {phase: number for number, phase in enumerate(PHASES)}
+    return sorted(rows, key=lambda row: order[row["phase"]])
+
+
+def _measure_group(
+    cell: Cell, dense: list[Contender], others: list[Contender], protocol: Protocol, device: torch.device
+) -> list[dict[str, Any]]:
+    images = {"infer_1": 1, "infer_n": protocol.batch or _batch(cell.model, device)}
+    images["train"] = images["infer_n"]
     phases = PHASES[1:] if cell.precision == "int8" else PHASES
     memory: dict[Contender, dict[str, float]] = {}
-    works = {}
-    for contender in [*dense, *contenders(cell, protocol, device)]:
-        try:
-            if "train" in phases:
-                memory[contender] = training_memory(contender, cell.model, batch, device)
-            work = build_workload(contender, cell.model, device)
-            work.infer(random_batch(cell.model.size, 1, device, 0).first)  # a share may be refused only here
-            works[contender] = work
-        except MethodError as error:
-            print(f"{cell.model.backbone} {contender.method} at {contender.keep}: not built: {error}")
-    rows = []
-    for phase in phases:
-        images = 1 if phase == "infer_1" else batch
-        parts = {c: _parts(work, cell.model, phase, images) for c, work in works.items()}
-        clock = cuda_clock if device.type == "cuda" else cpu_clock
-        times = interleave(parts, dense, clock, protocol.repeats, protocol.seconds)
-        rows += _rows(cell, phase, images, times, dense, memory if phase == "train" else {})
+    works: dict[Contender, Alone | dict[str, list[Part]]] = {}
+    alone = device.type == "cpu"
+    try:
+        for contender in [*dense, *others]:
+            try:
+                if "train" in phases:
+                    memory[contender] = training_memory(contender, cell.model, images["train"], device)
+                told = (contender, cell.model, {phase: images[phase] for phase in phases}, device.type)
+                works[contender] = Alone(build_parts, *told) if alone else build_parts(*told)
+            except MethodError as error:
+                print(f"{cell.model.backbone} {contender.method} at {contender.keep}: not built: {error}")
+        rows = []
+        for phase in phases:
+            parts = {c: w.parts(phase) if isinstance(w, Alone) else w[phase] for c, w in works.items()}
+            clock = remote_clock if alone else cuda_clock
+            times = interleave(parts, dense, clock, protocol.repeats, protocol.seconds)
+            rows += _rows(cell, phase, images[phase], times, dense, memory if phase == "train" else {})
+        return rows
+    finally:
+        for work in works.values():
+            if isinstance(work, Alone):
+                work.close()
         gc.collect()
-    return rows
+
+
+def build_parts(
+    contender: Contender, model: Model, images: dict[str, int], device: str
+) -> dict[str, list[Part]]:
+    """Build a contender and what is timed of it: the parts of each phase, on so many images.
+
+    Raises:
+        MethodError: it cannot be had; a share may be refused only at inference.
+    """
+    work = build_workload(contender, model, torch.device(device))
+    work.infer(random_batch(model.size, 1, work.device, 0).first)
+    return {phase: _parts(work, model, phase, count) for phase, count in images.items()}
 
 
 def _parts(work: Workload, model: Model, phase: str, images: int) -> list[Part]:

@@ -132,6 +132,6 @@ def _append(times: Times, values: Sequence[tuple[float, float]]) -> None:
 
 def _calibrate(work: Callable[[], object], clock: Clock) -> int:
     """Warm up, then say how many calls fill a moment."""
-    if clock(work, 1)[0] > LONG and clock is cpu_clock:  # on a GPU the first call may have compiled
+    if clock(work, 1)[0] > LONG and clock is not cuda_clock:  # on a GPU the first call may have compiled
         return 1
     return max(1, min(100, round(MOMENT / max(clock(work, 2)[1], 1e-6))))
