@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sparsecontrast.charts import Line, line_chart
 from sparsecontrast.runs import Run
 
 MEANING = (
@@ -35,7 +36,8 @@ def promised(run: Run) -> dict[str, Any] | None:
         "table": [HEAD, *lines],
         "insecure": INSECURE if seeded or any(r.get("insecure_noise") for r in private.values()) else "",
         "open": [site for site in every if site not in private and _gave(run, site)],
-        "worst": max(r["epsilon"] for r in private.values()),
+        "chart": line_chart(_curves(run, list(private)), "epsilon by round", "round", "epsilon", zero=True),
+        "spent": all(line[-1] != "0" for line in lines),
         "meaning": MEANING,
         "not_covered": NOT_COVERED,
     }  # fmt: skip
@@ -49,6 +51,18 @@ def _line(run: Run, site: str, last: Mapping[str, Any] | None) -> list[str]:
     done = str(sum("epsilon" in r for r in rows))
     told = [f"{last['epsilon']:.3f}", f"{last['delta']:g}", f"{last['noise_multiplier']:.4g}"]
     return [site, *told, done, spent]
+
+
+def _curves(run: Run, sites: list[str]) -> list[Line]:
+    """Epsilon of each hospital after each round, and the largest."""
+    told: dict[str, dict[float, float]] = {site: {} for site in sites}
+    for row in run.sites:
+        if "epsilon" in row:
+            told[row["site"]][float(row["round"])] = float(row["epsilon"])
+    rounds = sorted({number for rows in told.values() for number in rows})
+    worst = [max(rows[number] for rows in told.values() if number in rows) for number in rounds]
+    lines = [Line(site, list(rows), list(rows.values()), "thin", 0) for site, rows in told.items()]
+    return [*(lines if len(lines) > 1 else []), Line("largest of all hospitals", rounds, worst, "main", 0)]
 
 
 def _gave(run: Run, site: str) -> bool:

@@ -5,7 +5,8 @@ import yaml
 
 from sparsecontrast.errors import QuorumError
 from sparsecontrast.overrides import assign
-from sparsecontrast.promised import promised
+from sparsecontrast.promised import INSECURE, promised
+from sparsecontrast.report import write_report
 from sparsecontrast.runs import read_run
 from tests.federations import rows, serve, words, write_images
 from tests.test_leaves import messages
@@ -52,7 +53,7 @@ def test_a_spent_site_leaves_and_the_federation_goes_on(tmp_path):
     table = promised(read_run(tmp_path / "run"))
     assert [line[0] for line in table["table"][1:]] == ["north", "south"]
     assert [line[-2:] for line in table["table"][1:]] == [["3", "0"], ["1", "1"]]
-    assert not table["insecure"] and not table["open"]
+    assert not table["insecure"] and not table["open"] and not table["spent"]
 
 
 def test_the_end_of_every_budget_is_the_end_of_the_run_not_a_failure(tmp_path, caplog):
@@ -62,6 +63,10 @@ def test_the_end_of_every_budget_is_the_end_of_the_run_not_a_failure(tmp_path, c
         "round_0001"
     )
     assert sum(r.get("code") == "budget_spent" for r in rows(tmp_path / "run")) == 2
+    page = write_report(tmp_path / "run", show=False).read_text()
+    assert "every privacy budget is spent" in page and "Losses are withheld" in page and INSECURE not in page
+    told_seed = "privacy.insecure_seed=3"
+    assert INSECURE in write_report(tmp_path / "run", [*PRIVATE, told_seed], show=False).read_text()
 
 
 def test_too_few_sites_with_a_budget_is_a_failure_that_names_them(tmp_path):
