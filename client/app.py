@@ -1,10 +1,10 @@
 """The ClientApp: one hospital's side of a round.
 
 Two messages are understood, ``query.hello`` and ``train``. Whatever goes wrong, what travels back is
-a code of ``sparsecontrast.errors``; the text stays in ``client.log`` in the site's state folder.
+a code of ``sparsecontrast.errors``; the text stays in ``client.log`` in the site's state folder. What this
+file answers passes the guard before it leaves (``guard.py``).
 """
 
-import contextlib
 import math
 import re
 import time
@@ -17,6 +17,8 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.guard import guard
+from client.log import note
 from sparsecontrast.errors import (
     BackboneMismatchError,
     CheckpointError,
@@ -25,8 +27,7 @@ from sparsecontrast.errors import (
     SparseContrastError,
 )
 
-app = ClientApp()
-LOG_BYTES = 1_000_000  # of client.log before it is moved to client.log.1
+app = ClientApp(mods=[guard])
 STATES_KEPT = 2  # a round that is run again needs the state before it
 _RUN_KEY = re.compile(r"[0-9a-f]{8,64}")
 
@@ -104,35 +105,25 @@ def _answer(
     work: Callable[[Message, Sequence[Any]], RecordDict], message: Message, context: Context
 ) -> Message:
     """Do the work; turn every exception into a code, and write its text where only the site reads it."""
-    from client.site import log_folder, resolve
+    from client.site import addressed, log_folder, resolve
 
     overrides, name, folder = "", "", None
     try:
         config = message.content.config_records["config"]
         overrides = str(config["overrides"])
-        sites = _addressed(resolve(context.node_config, overrides), config)
+        sites = addressed(resolve(context.node_config, overrides), config)
         if len(sites) == 1:
             name, folder = sites[0].name, sites[0].state_dir
             if sites[0].unheard:
-                _note(folder, f"refused from the server, this site's own file decides: {sites[0].unheard}")
+                note(folder, f"refused from the server, this site's own file decides: {sites[0].unheard}")
         content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
         code = error.code if isinstance(error, SparseContrastError) else "internal"
         if (folder := folder or log_folder(context.node_config, overrides)) is not None:
-            _note(folder, f"{code}\n{traceback.format_exc()}")
+            note(folder, f"{code}\n{traceback.format_exc()}")
         status: dict[str, Any] = {"status": "error", "code": code, "site": name}
         content = RecordDict({"status": ConfigRecord(status)})
     return Message(content, reply_to=message)
-
-
-def _addressed(sites: Sequence[Any], config: ConfigRecord) -> Sequence[Any]:
-    """Keep the site that the message names; a message without a name is for all of the node."""
-    if "site" not in config:
-        return sites
-    meant = [site for site in sites if site.name == config["site"]]
-    if not meant:
-        raise ConfigError("the message is for a site that this node does not serve")
-    return meant
 
 
 def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:
@@ -178,7 +169,7 @@ def _restore(trainer: Any, folder: Path, number: int, state_dir: Path) -> int:
             trainer.load(_state_file(folder, candidate))
             return candidate
         except CheckpointError as error:
-            _note(state_dir, f"{error}; trying an older local state")
+            note(state_dir, f"{error}; trying an older local state")
     return 0
 
 
@@ -206,17 +197,6 @@ def _array(flat: Any) -> Array:
     from sparsecontrast.payload import to_npy
 
     return Array(str(flat.dtype), tuple(flat.shape), "numpy.ndarray", to_npy(flat))
-
-
-def _note(folder: Path, text: str) -> None:
-    """Append to the site's own log; a log that cannot be written must not end a round."""
-    path = folder / "client.log"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > LOG_BYTES:
-            path.replace(path.with_suffix(".log.1"))
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {text.rstrip()}\n")
 
 
 def _version() -> str:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparsecontrast.config import (
     Config,
@@ -32,6 +32,8 @@ from sparsecontrast.config import (
 )
 from sparsecontrast.errors import ConfigError, EmptySiteError, TooFewImagesError
 from sparsecontrast.overrides import key_of, without
+from sparsecontrast.ranges import INF, check_range
+from sparsecontrast.structure import build
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +50,21 @@ _composed = functools.lru_cache(maxsize=4)(compose)
 
 
 @dataclass(frozen=True)
+class EgressPolicy:
+    """What a site's file may say under ``egress``.
+
+    Attributes:
+        approve: ``auto``, or ``manual``: a person approves each round's weights.
+        wait_seconds: for that person.
+        max_norm_ratio: see ``payload.verify``.
+    """
+
+    approve: Literal["auto", "manual"] = "auto"
+    wait_seconds: float = 600.0
+    max_norm_ratio: float = 10.0
+
+
+@dataclass(frozen=True)
 class Site:
     """One site, resolved.
 
@@ -57,6 +74,7 @@ class Site:
         state_dir: durable files of this site.
         simulated: whether the data hold other sites too.
         unheard: keys of which the server spoke though they are the site's own.
+        egress: how answers leave.
     """
 
     name: str
@@ -64,6 +82,7 @@ class Site:
     state_dir: Path
     simulated: bool
     unheard: tuple[str, ...] = ()
+    egress: EgressPolicy = EgressPolicy()
 
     @property
     def key_dir(self) -> Path:
@@ -93,6 +112,16 @@ def resolve(node_config: Mapping[str, Any], overrides: str) -> list[Site]:
         )
     partition, nodes = int(node_config["partition-id"]), int(node_config.get("num-partitions", 1))
     return _simulated_sites(partition, nodes, _composed(overrides))
+
+
+def addressed(sites: Sequence[Any], config: Mapping[str, Any]) -> Sequence[Any]:
+    """Keep the site that the message names; a message without a name is for all of the node."""
+    if "site" not in config:
+        return sites
+    meant = [site for site in sites if site.name == config["site"]]
+    if not meant:
+        raise ConfigError("the message is for a site that this node does not serve")
+    return meant
 
 
 def training_set(site: Site) -> "Dataset":
@@ -126,7 +155,15 @@ def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
 
 
 def _own_site(path: Path, overrides: str) -> Site:
-    told = _read_site_file(path)
+    try:
+        return _told_site(path, path.read_text(encoding="utf-8"), overrides)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"site-config={path}: cannot be read ({error})") from error
+
+
+@functools.lru_cache(maxsize=4)  # the app and the guard ask for the same site
+def _told_site(path: Path, text: str, overrides: str) -> Site:
+    told = _read_site_file(path, text)
     words = split_overrides(overrides)
     heard = compose(without(words, OWN))
     # by whatever spelling of an override it came
@@ -144,7 +181,7 @@ def _own_site(path: Path, overrides: str) -> Site:
         output_dir=str(state_dir),
     )
     check(config)  # parts that are in order by themselves may not fit each other
-    return Site(told["name"], config, state_dir, simulated=False, unheard=_unheard(words, heard))
+    return Site(told["name"], config, state_dir, False, _unheard(words, heard), told["egress"])
 
 
 def _unheard(words: Sequence[str], heard: Config) -> tuple[str, ...]:
@@ -155,26 +192,27 @@ def _unheard(words: Sequence[str], heard: Config) -> tuple[str, ...]:
     return tuple(sorted(keys))
 
 
-def _read_site_file(path: Path) -> dict[str, Any]:
+def _read_site_file(path: Path, text: str) -> dict[str, Any]:
     import yaml
 
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        told = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise ConfigError(f"site-config={path}: cannot be read as YAML ({error})") from error
-    if not isinstance(told, dict) or not {"name", "state_dir"} <= set(told) <= {
-        "name",
-        "state_dir",
-        "overrides",
-    }:
-        raise ConfigError(f"{path}: must hold the keys name and state_dir, and may hold overrides")
+    needed, known = {"name", "state_dir"}, {"name", "state_dir", "overrides", "egress"}
+    if not isinstance(told, dict) or not needed <= set(told) <= known:
+        raise ConfigError(f"{path}: must hold the keys name and state_dir, and may hold overrides and egress")
     words = told.get("overrides") or []
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{path}: overrides must be a list of key=value")
     foreign = [word for word in words if key_of(word).split(".")[0] not in PINNED]
     if foreign:
         raise ConfigError(f"{path}: overrides {foreign}: a site sets {', '.join(PINNED)} only")
-    return {"name": _checked_name(str(told["name"])), "state_dir": str(told["state_dir"]), "overrides": words}
+    policy = build(EgressPolicy, told.get("egress") or {}, f"{path}: egress.")
+    check_range(f"{path}: egress.wait_seconds", policy.wait_seconds, (0, INF, "[)"))
+    check_range(f"{path}: egress.max_norm_ratio", policy.max_norm_ratio, (1, INF, "()"))
+    name = _checked_name(str(told["name"]))
+    return {"name": name, "state_dir": str(told["state_dir"]), "overrides": words, "egress": policy}
 
 
 def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:

@@ -26,7 +26,7 @@ class Row:
     Attributes:
         number: 1, 2, ...
         previous: hash of the row before.
-        kind: ledger, cohort, charge or adopted.
+        kind: ledger, cohort, charge or adopted; of a log of releases hello, train or torn.
         body: canonical JSON.
         hash: of all the others.
     """
@@ -54,10 +54,10 @@ class Head:
 
 
 def next_row(rows: Sequence[Row], kind: str, content: Mapping[str, Any]) -> Row:
-    """Make the row that follows."""
+    """Make the row that follows; the last of ``rows`` is enough."""
     body = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     previous = rows[-1].hash if rows else START
-    number = len(rows) + 1
+    number = rows[-1].number + 1 if rows else 1
     return Row(number, previous, kind, body, _digest(number, previous, kind, body))
 
 
@@ -67,15 +67,22 @@ def check_chain(rows: Sequence[Row], where: object) -> None:
     Raises:
         LedgerError: names the first row that is not as it was written.
     """
+    if (number := first_broken(rows)) is not None:
+        raise LedgerError(
+            f"{where}: row {number} is broken: it, or one before it, was changed, dropped or moved. "
+            "Nothing is charged on a ledger that cannot be trusted; restore it as it last was"
+        )
+
+
+def first_broken(rows: Sequence[Row]) -> int | None:
+    """Return the number of the first row that is not as it was written; None where all are."""
     previous = START
     for number, row in enumerate(rows, 1):
         right = (number, previous, _digest(number, previous, row.kind, row.body))
         if (row.number, row.previous, row.hash) != right:
-            raise LedgerError(
-                f"{where}: row {number} is broken: it, or one before it, was changed, dropped or moved. "
-                "Nothing is charged on a ledger that cannot be trusted; restore it as it last was"
-            )
+            return number
         previous = row.hash
+    return None
 
 
 def check_head(rows: Sequence[Row], head: Head, where: object) -> None:

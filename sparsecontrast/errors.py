@@ -17,7 +17,9 @@
     ├── PrivacyError                    privacy         what was asked for would not be private
     │   ├── BudgetSpentError            budget_spent    a round that would exceed a patient's epsilon
     │   ├── PolicyError                 privacy_policy  another epsilon, delta or norm than agreed
-    │   └── LedgerError                 ledger          a ledger that is torn, missing, old or a copy
+    │   ├── LedgerError                 ledger          a ledger that is torn, missing, old or a copy
+    │   └── EgressError                 egress          what would leave may not, or its log is broken
+    │       └── HeldError               held            a release that nobody at the site approved
     ├── PayloadError                    payload_*       what arrived may not be aggregated
     ├── StorageError                    storage         full disk, read-only folder
     │   └── CheckpointError             checkpoint      torn, foreign or missing round file
@@ -138,6 +140,18 @@ class LedgerError(PrivacyError):
     """The ledger cannot be trusted: torn, missing, rolled back, edited, or a copy of another."""
 
     code = "ledger"
+
+
+class EgressError(PrivacyError):
+    """What would leave a site is not what may, or the log of what left cannot be trusted."""
+
+    code = "egress"
+
+
+class HeldError(EgressError):
+    """A release that a person at the site has not approved, in time or at all."""
+
+    code = "held"
 
 
 class PayloadError(SparseContrastError):

@@ -81,7 +81,7 @@ def repack(flat: np.ndarray, shapes: Shapes, dtype: str) -> Payload:
 def unpack(payload: Payload) -> dict[str, Tensor]:
     """Return a verified payload's tensors, fp32, by name."""
     flat = torch.from_numpy(payload.flat.astype(np.float32))
-    shapes = [_parse_shape(text) for text in payload.manifest["shapes"]]
+    shapes = [parse_shape(text) for text in payload.manifest["shapes"]]
     parts = flat.split([math.prod(shape) for shape in shapes])
     names = payload.manifest["names"]
     return {n: p.reshape(s).clone() for n, p, s in zip(names, parts, shapes, strict=True)}
@@ -208,5 +208,6 @@ def _format_shape(shape: Sequence[int]) -> str:
     return "x".join(str(int(size)) for size in shape)
 
 
-def _parse_shape(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read a shape of a manifest: "192x1x4x4", "" for a scalar."""
     return tuple(int(size) for size in text.split("x")) if text else ()

@@ -151,7 +151,7 @@ def test_pretraining_learns_in_every_round_and_chains_its_rounds(trained):
 @pytest.mark.parametrize("function", ["write_round", "write_tensors"])
 def test_a_killed_pretraining_continues_bit_for_bit(function, trained, tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    module = checkpoint if function == "write_round" else __import__("sparsecontrast.trainer").trainer
+    module = checkpoint if function == "write_round" else __import__("sparsecontrast.local_state").local_state
     whole, calls = getattr(module, function), []
 
     def killed(*args, **kwargs):

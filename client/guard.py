@@ -1,0 +1,131 @@
+"""The last look: a Flower mod that sees every answer of this node as it would leave, and can hold it back.
+
+It stands outside of the app, so that a fault there, or code that was put there, meets it too. An answer is
+checked (``sparsecontrast.release``), approved by a person where the site wants that, and logged on disk
+(``sparsecontrast.egress``); then it goes. What does not pass goes as a code.
+"""
+
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp.typing import ClientAppCallable
+
+from client.log import note
+from client.site import Site, addressed, log_folder, resolve
+from sparsecontrast.errors import EgressError, SparseContrastError
+
+TRAIN = {"arrays", "manifest", "status", "metrics"}
+
+
+def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Let the app answer, look at the answer, and log it before it goes."""
+    reply = call_next(message, context)
+    sites, folder, name = _who(message, context)
+    try:
+        if folder is None:  # not even a place to log: a code is all that may leave
+            raise EgressError("this node has no configuration, so nothing may leave but a code")
+        _release(message, reply.content, sites, folder)
+    except Exception as error:  # noqa: BLE001  whatever fails here, the answer must not leave
+        code = error.code if isinstance(error, SparseContrastError) else "internal"
+        told = _error_of(reply) or code
+        reply = Message(RecordDict({"status": ConfigRecord(_failed(told, name))}), reply_to=message)
+        if folder is not None:
+            note(folder, f"held back: {code}\n{traceback.format_exc()}")
+    return reply
+
+
+def _release(message: Message, content: RecordDict, sites: Sequence[Site], folder: Path) -> None:
+    """Check an answer and log it.
+
+    Raises:
+        EgressError: it may not leave, or the log cannot be trusted.
+        StorageError: the log could not be written.
+    """
+    from sparsecontrast.egress import EgressLog
+
+    status = dict(content.config_records.get("status", {}))
+    config = message.content.config_records.get("config", ConfigRecord())
+    facts: dict[str, Any] = {"status": status.get("status"), "site": status.get("site") or ""}
+    facts |= {key: config[key] for key in ("round", "run_key") if key in config}
+    kind = str(message.metadata.message_type).removeprefix("query.")
+    if set(content) - {"status"}:
+        facts |= _checked_training(message, content, sites)
+    _check_status(status)
+    EgressLog(folder).append(kind, facts | {key: status[key] for key in ("code",) if key in status})
+
+
+def _checked_training(message: Message, content: RecordDict, sites: Sequence[Site]) -> dict[str, Any]:
+    """Check the answer to a round, wait for a person where the site wants one; returns what the log says."""
+    from sparsecontrast import payload, release
+    from sparsecontrast.approval import wait_for_approval
+
+    if set(content) != TRAIN or len(sites) != 1 or list(content.array_records["arrays"]) != ["flat"]:
+        raise EgressError(f"an answer to a round holds exactly {sorted(TRAIN)}, of one site")
+    (site,) = sites
+    limits = _limits(message, site)
+    flat = payload.from_npy(content.array_records["arrays"]["flat"].data)
+    packed = payload.Payload(flat, dict(content.config_records["manifest"]))
+    metrics = dict(content.metric_records.get("metrics", MetricRecord()))
+    release.check_weights(packed, limits)
+    release.check_metrics(metrics, limits)
+    facts = {**release.told(packed), "metrics": metrics, "epsilon": limits.charged}
+    if site.egress.approve == "manual":
+        config = message.content.config_records["config"]
+        name = f"{config['run_key']}-{int(str(config['round'])):04d}"
+        wait_for_approval(site.state_dir, name, facts, flat, site.egress.wait_seconds)
+    return facts
+
+
+def _limits(message: Message, site: Site) -> Any:
+    """What may leave in answer: tensors as they came, scalars as the site's privacy has it."""
+    from sparsecontrast import payload, release
+
+    manifest = message.content.config_records["manifest"]
+    names, shapes = list(manifest["names"]), list(manifest["shapes"])  # type: ignore[arg-type]
+    came = {str(n): payload.parse_shape(str(s)) for n, s in zip(names, shapes, strict=True)}
+    flat = payload.from_npy(message.content.array_records["arrays"]["flat"].data)
+    privacy, charged = site.config.privacy, None
+    if privacy.name != "none":
+        from sparsecontrast.ledger import ledger_of
+
+        config = message.content.config_records["config"]
+        entries = ledger_of(site.config, site.state_dir).read().entries
+        mine = [e.epsilon for e in entries if (e.run, e.round) == (config["run_key"], config["round"])]
+        charged = mine[-1] if mine else None
+    return release.Limits(came, flat, site.egress.max_norm_ratio, privacy.target_epsilon, charged)
+
+
+def _check_status(status: dict[str, Any]) -> None:
+    from sparsecontrast.release import check_status
+
+    check_status(status)
+
+
+def _who(message: Message, context: Context) -> tuple[Sequence[Site], Path | None, str]:
+    """Sites, folder and name that answer; no site where the configuration is not in order."""
+    overrides = ""
+    try:
+        config = message.content.config_records["config"]
+        overrides = str(config["overrides"])
+        sites = addressed(resolve(context.node_config, overrides), config)
+        if len(sites) == 1:
+            return sites, sites[0].state_dir, sites[0].name
+    except Exception:  # noqa: BLE001  the app has answered it with a code
+        sites = []
+    return sites, log_folder(context.node_config, overrides), ""
+
+
+def _error_of(reply: Message) -> str:
+    """The code that the app itself answered with, if that is all it did."""
+    from sparsecontrast.release import WORD
+
+    status = reply.content.config_records.get("status", {})
+    code = status.get("code", "")
+    return code if status.get("status") == "error" and isinstance(code, str) and WORD.fullmatch(code) else ""
+
+
+def _failed(code: str, name: str) -> dict[str, Any]:
+    return {"status": "error", "code": code, "site": name}

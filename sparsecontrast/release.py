@@ -1,0 +1,119 @@
+"""What a site's answer may hold: the last look at tensors, scalars and privacy before they leave.
+
+Nothing here trusts the code that made the answer. It sees the answer as it would go, the weights that
+training started from, and what the site itself decided.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsecontrast import payload
+from sparsecontrast.errors import EgressError, PayloadError
+
+COUNTS = ("num-examples", "steps", "state-round")
+PLAIN = (*COUNTS, "images", "seconds", "setup-seconds", "loss", "keep", "contrast", "chance_loss", "surprise",
+         "distillation", "entropy", "sparsity")  # fmt: skip
+PRIVATE = (*COUNTS, "keep", "epsilon", "delta", "noise_multiplier", "insecure_noise")
+STATUS = {"status", "site", "round", "run_key", "code", "version", "sites", "fingerprint", "idle"}
+WORD = re.compile(r"[^\x00-\x1f/\\]{0,128}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a site lets out.
+
+    Attributes:
+        shapes: of the tensors that may leave, by name; None while no round was asked for.
+        reference: the flat weights that the round started from [n]; None likewise.
+        max_norm_ratio: the largest factor, up or down, between the norms of weights and reference.
+        target_epsilon: None where the site trains without differential privacy.
+        charged: epsilon that the ledger holds for this round of this run; None where it holds none.
+    """
+
+    shapes: payload.Shapes | None = None
+    reference: np.ndarray | None = None
+    max_norm_ratio: float = 10.0
+    target_epsilon: float | None = None
+    charged: float | None = None
+
+
+def check_status(status: Mapping[str, Any]) -> None:
+    """Refuse a status record that says more than who answers, to what, and a code.
+
+    Raises:
+        EgressError: an unknown key, or a text that is a path, is long, or has control characters.
+    """
+    unknown = sorted(set(status) - STATUS)
+    if unknown:
+        raise EgressError(
+            f"status holds {len(unknown)} key(s) that may not leave (first: {unknown[0][:20]!r})"
+        )
+    for key, value in status.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(t, bool | int) or (isinstance(t, str) and WORD.fullmatch(t)) for t in texts):
+            raise EgressError(f"status.{key}: not a plain word")
+
+
+def check_metrics(metrics: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse scalars that are not on the list, or would tell what no noise covers.
+
+    Raises:
+        EgressError: a foreign or missing name, a value that is no finite number, a private round that the
+            ledger does not hold, or an epsilon above the promise.
+    """
+    private = limits.target_epsilon is not None
+    foreign = sorted(set(metrics) - set(PRIVATE if private else PLAIN))
+    if foreign:
+        kind = " of a private round" if private else ""
+        raise EgressError(f"metrics{kind} hold {foreign[0][:40]!r}, which may not leave")
+    odd = [
+        k
+        for k, v in metrics.items()
+        if isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v)
+    ]
+    if odd:
+        raise EgressError(f"metrics.{odd[0]}: not a finite number")
+    if limits.target_epsilon is None:
+        return
+    if limits.charged is None:
+        raise EgressError("a private round that the ledger does not hold")
+    if metrics.get("epsilon") != limits.charged or not limits.charged <= limits.target_epsilon:
+        raise EgressError("metrics.epsilon is not what the ledger holds, or above the promise")
+
+
+def check_weights(packed: payload.Payload, limits: Limits) -> None:
+    """Refuse tensors that are not exactly the shared ones of this round's model, finite and of honest size.
+
+    Raises:
+        EgressError: says which check of ``payload.verify`` failed.
+    """
+    if limits.shapes is None or limits.reference is None:
+        raise EgressError("weights, but none were asked for")
+    foreign = [name for name in limits.shapes if not name.startswith(payload.SHARED)]
+    if foreign:
+        raise EgressError(f"{foreign[0]}: may not leave, whatever the method says")
+    try:
+        reference = payload.norm(limits.reference)
+        payload.verify(packed, limits.shapes, None, reference, limits.max_norm_ratio)
+    except PayloadError as error:
+        raise EgressError(f"weights held back: {error}") from error
+
+
+def told(packed: payload.Payload) -> dict[str, Any]:
+    """Describe verified tensors for the log: names, shapes, norms, bytes and their SHA-256."""
+    names: Sequence[str] = packed.manifest["names"]
+    shapes: Sequence[str] = packed.manifest["shapes"]
+    sizes = [math.prod(int(n) for n in text.split("x")) if text else 1 for text in shapes]
+    parts = np.split(packed.flat, np.cumsum(sizes)[:-1])
+    return {
+        "tensors": [
+            [name, shape, float(f"{payload.norm(part):.6g}")]
+            for name, shape, part in zip(names, shapes, parts, strict=True)
+        ],
+        "dtype": packed.manifest["dtype"], "bytes": packed.flat.nbytes, "sha256": packed.manifest["sha256"],
+    }  # fmt: skip
