@@ -55,10 +55,12 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
-def sparsity() -> str:
-    """Time and memory of every contender, one table a model, size and precision."""
+def sparsity(precisions: Sequence[str] = (), keeps: Sequence[float] = ()) -> str:
+    """Time and memory of every contender, one table a model, size and precision; all, or these alone."""
     found: dict[tuple[str, int, str], dict[tuple[str, float, str], dict[str, Any]]] = {}
     for row in rows("sparsity-*.json"):
+        if (precisions and row["cell"] not in precisions) or (keeps and row["keep"] not in keeps):
+            continue
         cell = found.setdefault((row["backbone"], row["size_px"], row["cell"]), {})
         cell.setdefault((row["method"], row["keep"], row["attention"]), {})[row["phase"]] = row
     tables = {key: markdown(SPARSITY_HEAD, list(_contenders(cell, key[2]))) for key, cell in found.items()}
@@ -177,6 +179,7 @@ def borders() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "sparsity": sparsity,
+    "sparsity-bf16": lambda: sparsity(("bf16",), (1.0, 0.5, 0.3, 0.25, 0.15)),
     "localisation": lambda: localisation(GROUPS),
     "localisation-bar": lambda: localisation(BAR),
     "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
