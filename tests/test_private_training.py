@@ -1,6 +1,9 @@
 """The private loop of a site: reserved first, and nothing is told but what is covered."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from sparsecontrast.private_trainer import PrivateTrainer
 from sparsecontrast.trainer import LocalTrainer
 
 KEY = b"k" * 32
+ROOT = Path(__file__).parents[1]
 WORDS = (
     "privacy=dp_sgd", "method=patch_contrast", "backbone.img_size=32", "backbone.patch_size=4",
     "backbone.depth=1", "method.projection_hidden=16", "method.projection_dim=8", "train.batch_size=8",
@@ -207,3 +211,26 @@ def test_the_number_of_patients_is_told_in_steps_or_as_a_constant(tmp_path):
     ]
     account = private(tmp_path, "privacy.public_patients=7").account
     assert account.mechanism.patients == 7
+
+
+def test_kill_9_in_mid_round_costs_the_round_and_the_next_attempt_another(tmp_path):
+    code = (
+        "import os, sys, pathlib\n"
+        "from sparsecontrast.sampling import PatientSampler\n"
+        "from tests.test_private_training import films, private\n"
+        "draw, calls = PatientSampler.draw, []\n"
+        "def killed(self):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2: os.kill(os.getpid(), 9)\n"
+        "    return draw(self)\n"
+        "PatientSampler.draw = killed\n"
+        "private(pathlib.Path(sys.argv[1])).run(*films(), 1, 2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == -9
+    again = private(tmp_path)
+    (lost,) = again.account.ledger.read().entries
+    told = again.run(*films(), 1, 2).metrics["epsilon"]
+    entries = again.account.ledger.read().entries
+    assert [(e.round, e.attempt, e.charge) for e in entries] == [(1, 1, lost.charge), (1, 2, lost.charge)]
+    assert lost.epsilon < told == entries[-1].epsilon <= 8
