@@ -109,8 +109,10 @@ class PatientOptimizer(DPOptimizer):
         norms = patient_norms(list(found.values()), owner)
         factors = (self.max_grad_norm * MARGIN / norms).clamp(max=1).where(norms.isfinite(), 0.0)[owner]
         broken = ~norms.isfinite()[owner]
+        any_broken = bool(broken.any())
         for parameter, rows in found.items():
-            rows[broken] = 0.0  # zero times NaN is NaN
+            if any_broken:
+                rows[broken] = 0.0  # zero times NaN is NaN
             total = (factors.to(rows.dtype) @ rows.flatten(1)).view_as(parameter)
             held = parameter.summed_grad  # type: ignore[attr-defined]
             parameter.summed_grad = total if held is None else held.add_(total)  # type: ignore[attr-defined]
