@@ -42,8 +42,8 @@ class Model:
     size: int
     changes: tuple[tuple[str, Any], ...] = ()
 
-    def configs(self) -> tuple[BackboneConfig, MethodConfig]:
-        """Read what builds it.
+    def configs(self, method: str = OURS) -> tuple[BackboneConfig, MethodConfig]:
+        """Read what builds it, with a method of ``configs/method``.
 
         Raises:
             FileNotFoundError: there is no such backbone.
@@ -51,7 +51,7 @@ class Model:
         told = {"selection": "surprise", "backbone.img_size": self.size, **dict(self.changes)}
         return (
             build(BackboneConfig, _group("backbone", self.backbone, told), "backbone."),
-            build(MethodConfig, _group("method", OURS, told), "method."),
+            build(MethodConfig, _group("method", method, told), "method."),
         )
 
 

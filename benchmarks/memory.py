@@ -10,8 +10,10 @@ import gc
 import multiprocessing
 import resource
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, where it would be counted
@@ -27,10 +29,25 @@ def training_memory(contender: Contender, model: Model, batch: int, device: torc
     """Measure ``peak_mib`` and ``saved_mib`` of a contender's training step on ``batch`` images."""
     if device.type == "cuda":
         return _measure_cuda(contender, model, batch, device)
+    return _in_clean_process(_measure_resident, contender, model, batch)
+
+
+def peak_of(build: Callable[[], Callable[[], object]]) -> float:
+    """Measure the peak of two steps in MiB on a CPU, in a process of its own.
+
+    Args:
+        build: makes the step; a function of a module, or a partial of one: its module is imported before
+            the count begins.
+    """
+    return _in_clean_process(_measure_peak, build)
+
+
+def _in_clean_process(measure: Callable[..., Any], *words: Any) -> Any:
+    """Run in a process forked from one that has imported everything and built nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure_resident, contender, model, batch).result()
+        return pool.submit(measure, *words).result()
 
 
 def step_saved(work: Workload, batch: Batch) -> int:
@@ -58,8 +75,16 @@ def _measure_resident(contender: Contender, model: Model, batch: int) -> dict[st
     batches = _steps(work, model, batch)
     _give_moments(work)
     saved = max(step_saved(work, one) for one in batches)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"peak_mib": (peak - before) / MIB, "saved_mib": saved / MIB}
+    return {"peak_mib": (_peak() - before) / MIB, "saved_mib": saved / MIB}
+
+
+def _measure_peak(build: Callable[[], Callable[[], object]]) -> float:
+    torch.set_num_threads(1)
+    before = _resident()
+    step = build()
+    for _ in range(2):
+        step()
+    return (_peak() - before) / MIB
 
 
 def _measure_cuda(contender: Contender, model: Model, batch: int, device: torch.device) -> dict[str, float]:
@@ -92,6 +117,11 @@ def _give_moments(work: Workload) -> None:
             p.grad = torch.zeros_like(p)
     work.optimizer.step()
     work.optimizer.zero_grad(set_to_none=True)
+
+
+def _peak() -> int:
+    """Most bytes that were ever resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _resident() -> int:

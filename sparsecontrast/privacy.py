@@ -109,8 +109,10 @@ class PatientOptimizer(DPOptimizer):
         norms = patient_norms(list(found.values()), owner)
         factors = (self.max_grad_norm * MARGIN / norms).clamp(max=1).where(norms.isfinite(), 0.0)[owner]
         broken = ~norms.isfinite()[owner]
+        any_broken = bool(broken.any())
         for parameter, rows in found.items():
-            rows[broken] = 0.0  # zero times NaN is NaN
+            if any_broken:
+                rows[broken] = 0.0  # zero times NaN is NaN
             total = (factors.to(rows.dtype) @ rows.flatten(1)).view_as(parameter)
             held = parameter.summed_grad  # type: ignore[attr-defined]
             parameter.summed_grad = total if held is None else held.add_(total)  # type: ignore[attr-defined]
@@ -129,12 +131,12 @@ class PatientOptimizer(DPOptimizer):
         """Set ``grad`` of all that the loss reaches to the noised sum over q N; of the rest to None."""
         scale = 1 / (self.mechanism.sample_rate * self.mechanism.patients)
         std = self.mechanism.noise_multiplier * self.max_grad_norm
+        reached = [p for p in self.params if p in self.reached]
         for p in self.params:
-            total, p.summed_grad = p.summed_grad, None  # type: ignore[attr-defined]
             p.grad = None
-            if p in self.reached:
-                noise = self.stream.gaussian(p, std)
-                p.grad = (noise if total is None else noise.add_(total)).mul_(scale)
+        for p, noise in zip(reached, self.stream.gaussians(reached, std), strict=True):
+            total, p.summed_grad = p.summed_grad, None  # type: ignore[attr-defined]
+            p.grad = (noise if total is None else noise.add_(total)).mul_(scale)
 
     def signal_skip_step(self, do_skip: bool = True) -> NoReturn:
         """Refuse: pieces of a step are given to ``PatientSGD.step``."""

@@ -9,6 +9,9 @@ that autograd does not compute the summed weight gradients, which nobody needs, 
 on outputs as tensors: Opacus' module hooks make views of them, which ``x += shortcut`` in a ResNet would
 break. Rows are folded back to the batch where a layer sees several parts of an image (a CNN's windows).
 
+Rows are large: a whole gradient for each image. What they are multiplied out into is kept from one batch
+to the next (``_room``), because memory that is asked for anew at each step has to be mapped page by page.
+
 That formulas, hooks and folding are right for a model is not believed but checked: ``verify`` compares
 with autograd row by row, on noise, at the start of each round. A loss that couples rows fails there too.
 """
@@ -24,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsecontrast.errors import MethodError
 from sparsecontrast.methods.method import Batch
-from sparsecontrast.models.rows import FOLDED, INNER, ROW_PARAMETERS, SAMPLERS, Rows, add_linear, per_row
+from sparsecontrast.models.rows import FOLDED, INNER, ROW_PARAMETERS, SAMPLERS, Outer, Rows, per_row
 
 TOLERANCE = 1e-2  # of a parameter's gradient: float32 along two ways
 ROUNDING = 1e-6  # of the whole gradient: of a parameter whose own is nothing but rounding
@@ -45,6 +48,7 @@ class RowGradients(GradSampleHooks):
     def __init__(self, module: nn.Module):
         refuse_batch_norm(module)
         self._rows = 0
+        self._room: dict[Tensor, Tensor] = {}
         super().__init__(module, loss_reduction="sum", strict=False)
         self._loose = [name for name, owner, key in _owned(module) if key in _loose_of(owner)]
 
@@ -75,7 +79,8 @@ class RowGradients(GradSampleHooks):
     def backward(self, batch: Batch, weights: Tensor | None = None, bf16: bool = False) -> None:
         """Fill ``grad_sample`` [B, ...] of every parameter that the loss reaches, float32 at least.
 
-        Nothing else is computed: ``parameter.grad`` stays as it was.
+        Nothing else is computed: ``parameter.grad`` stays as it was. A second call adds to the rows that are
+        there; after ``clear`` it writes over them.
 
         Args:
             batch: B rows.
@@ -99,7 +104,7 @@ class RowGradients(GradSampleHooks):
             for name, leaf in leaves.items():
                 if leaf.requires_grad and leaf.grad is not None:
                     parameter = self._module.get_parameter(name)
-                    _add({parameter: leaf.grad.view(self._rows, *parameter.shape)})
+                    self._add({parameter: leaf.grad.view(self._rows, *parameter.shape)})
         finally:
             self._rows = 0
 
@@ -131,6 +136,11 @@ class RowGradients(GradSampleHooks):
         """Forget all rows."""
         self.set_grad_sample_to_none()
 
+    def cleanup(self) -> None:
+        """Take the hooks off and give back the memory."""
+        super().cleanup()
+        self._room.clear()
+
     def _leaves(self) -> dict[str, Tensor]:
         """Stand-ins of all trained parameters: detached, or one a row."""
         named = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
@@ -161,10 +171,27 @@ class RowGradients(GradSampleHooks):
             gradient, held = gradient.detach(), held.to(gradient.dtype)
             if type(layer) in FOLDED:
                 held, gradient = (x.unflatten(0, (self._rows, -1)) for x in (held, gradient))
-            if type(layer) is nn.Linear and _adds_in_place(layer, gradient):
-                add_linear(layer.weight.grad_sample, held, gradient)  # type: ignore[arg-type]
-                formula = _bias_alone
-            _add({p: _folded(rows, self._rows) for p, rows in formula(layer, [held], gradient).items()})
+            self._add(formula(layer, [held], gradient))
+
+    def _add(self, rows: Rows) -> None:
+        """Sum the uses of a parameter: each view is one, and so is each part of an image."""
+        for parameter, new in rows.items():
+            held = parameter.grad_sample  # type: ignore[attr-defined]
+            if isinstance(new, Outer):
+                into = self._place(parameter, new.gradient) if held is None else held
+                new.folded(self._rows).add_to(into, first=held is None)
+            else:
+                new = _folded(new.to(torch.promote_types(new.dtype, torch.float32)), self._rows)
+                into = new if held is None else held.add_(new)
+            parameter.grad_sample = into  # type: ignore[attr-defined]
+
+    def _place(self, parameter: Tensor, like: Tensor) -> Tensor:
+        """Memory for the rows of a parameter [B, ...]; it grows with the largest batch."""
+        dtype, room = torch.promote_types(like.dtype, torch.float32), self._room.get(parameter)
+        if room is None or len(room) < self._rows or (room.dtype, room.device) != (dtype, like.device):
+            self._room.pop(parameter, None)  # both at once would not fit where one does
+            room = self._room[parameter] = like.new_empty(self._rows, *parameter.shape, dtype=dtype)
+        return room[: self._rows]
 
 
 def refuse_batch_norm(module: nn.Module) -> None:
@@ -198,28 +225,9 @@ def _loose_of(owner: nn.Module) -> tuple[str, ...]:
     return ROW_PARAMETERS.get(type(owner), ())
 
 
-def _adds_in_place(layer: nn.Linear, gradient: Tensor) -> bool:
-    """Whether the second view's rows can join the first's: their sum is half of what memory has to move."""
-    held = getattr(layer.weight, "grad_sample", None)
-    return held is not None and held.dtype == gradient.dtype
-
-
-def _bias_alone(layer: nn.Linear, _: list[Tensor], gradient: Tensor) -> Rows:
-    if layer.bias is None or not layer.bias.requires_grad:
-        return {}
-    return {layer.bias: gradient.reshape(len(gradient), -1, layer.out_features).sum(1)}
-
-
 def _folded(rows: Tensor, count: int) -> Tensor:
     """Sum the parts of each image: [count * parts, ...] -> [count, ...]."""
     return rows if len(rows) == count else rows.unflatten(0, (count, -1)).sum(1)
-
-
-def _add(rows: Rows) -> None:
-    for parameter, new in rows.items():
-        new = new.to(torch.promote_types(new.dtype, torch.float32))
-        held = parameter.grad_sample  # type: ignore[attr-defined]
-        parameter.grad_sample = new if held is None else held.add_(new)  # type: ignore[attr-defined]
 
 
 def _compare(name: str, rows: Tensor | None, wanted: Tensor | None, size: Tensor) -> None:

@@ -12,7 +12,11 @@ FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 DOORS = {
     "flwr": ("server/", "client/", "simulation/"),
     "ray": (),
-    "opacus": ("sparsecontrast/privacy.py", "sparsecontrast/row_gradients.py"),
+    "opacus": (
+        "sparsecontrast/privacy.py",
+        "sparsecontrast/row_gradients.py",
+        "benchmarks/rivals/plain_opacus.py",
+    ),
     "dp_accounting": ("sparsecontrast/accounting.py",),
     "timm": ("sparsecontrast/models/", "sparsecontrast/export.py", "benchmarks/"),
     "onnx": ("sparsecontrast/export_onnx.py",),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecontrast.noise import SecureStream
+from sparsecontrast.noise import BLOCK, DRAWS, MANTISSA, SecureStream
 
 MANY = torch.empty(400_000)
 
@@ -23,12 +23,40 @@ def test_noise_is_gaussian_of_the_asked_deviation(stream, std):
     for bound, beyond in ((1.0, 0.31731), (2.0, 0.0455), (3.0, 0.0027)):
         share = (drawn.abs() > bound).double().mean()
         assert abs(share - beyond) < 5 * math.sqrt(beyond / n)
-    halves = drawn.view(2, -1)  # what one radius gave is spread over the halves of a block
+    halves = drawn.view(2, -1)
     assert abs((halves[0] * halves[1]).mean()) < 5 / math.sqrt(n / 2)
-    block = drawn[: 12 * (1 << 15)].view(12, 2, -1)
+
+
+@pytest.mark.parametrize("stream", [SecureStream(), SecureStream(insecure_seed=1)])
+def test_what_one_radius_gave_is_spread_over_the_halves_of_a_block_and_independent(stream):
+    block = stream.gaussian(torch.empty(48 * BLOCK), 1).double().view(48, 2, -1)
     assert abs((block[:, 0] * block[:, 1]).mean()) < 5 / math.sqrt(block.numel() / 2)
     squares = block**2 - 1
     assert abs((squares[:, 0] * squares[:, 1]).mean()) < 5 * 2 / math.sqrt(block.numel() / 2)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, BLOCK - 1, BLOCK + 1, 3 * BLOCK])
+def test_noise_is_the_sum_of_draws_by_the_formula(count):
+    """Box and Muller, written out: 53 bits a uniform number, none used twice, four draws a sum."""
+    found = SecureStream(insecure_seed=3).gaussian(torch.empty(count, dtype=torch.float64), 2.0)
+    stream, wanted = SecureStream(insecure_seed=3), []
+    half = math.ceil(count / (2 * math.ceil(count / BLOCK)))
+    while len(wanted) < count:
+        words = stream.integers(2 * DRAWS * half).reshape(2, DRAWS, half)
+        radius = np.sqrt(-2 * np.log((words[0] + 1) / 2**MANTISSA))
+        angle = 2 * np.pi * (words[1] / 2**MANTISSA)
+        for part in (np.cos(angle), np.sin(angle)):
+            wanted += (2 * (radius * part).sum(0) / math.sqrt(DRAWS)).tolist()
+    np.testing.assert_allclose(found.numpy(), wanted[:count], rtol=1e-12, atol=1e-13)
+
+
+def test_noise_of_many_tensors_is_one_stream_cut_in_their_shapes():
+    like = [torch.zeros(3, 4), torch.zeros(5, dtype=torch.float64), torch.zeros(0), torch.zeros(())]
+    drawn = SecureStream(insecure_seed=4).gaussians(like, 0.5)
+    assert [(d.shape, d.dtype) for d in drawn] == [(p.shape, p.dtype) for p in like]
+    whole = SecureStream(insecure_seed=4).gaussian(torch.zeros(18, dtype=torch.float64), 0.5)
+    torch.testing.assert_close(torch.cat([d.double().flatten() for d in drawn]), whole, atol=1e-7, rtol=1e-7)
+    assert SecureStream().gaussians([], 1.0) == []
 
 
 def test_two_streams_are_independent_and_a_stream_never_repeats():

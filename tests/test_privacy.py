@@ -193,7 +193,7 @@ def test_the_ledger_is_asked_before_any_noise_is_drawn():
     draw = made.optimizer.stream.gaussian
     made.optimizer.stream.gaussian = lambda *words: order.append("noise") or draw(*words)
     made.step([batch_of(method, [0, 1])])
-    assert order[0] == "charged" and order.count("charged") == 1 and order.count("noise") > 1
+    assert order == ["charged", "noise"]  # noise of all parameters is one stream
 
 
 def test_an_average_of_weights_sees_released_weights_alone():

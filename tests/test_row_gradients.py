@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from sparsecontrast.config import compose
 from sparsecontrast.coupling import noise_batch
 from sparsecontrast.errors import MethodError
 from sparsecontrast.methods import build_method
-from sparsecontrast.models.rows import SAMPLERS
+from sparsecontrast.models.rows import SAMPLERS, Outer
 from sparsecontrast.row_gradients import RowGradients
 from tests.private import CNN, RESNET, VIT, Tiny, batch_of, library_method
 
@@ -67,7 +68,45 @@ def test_formulas_of_single_layers(layer, shape):
     wanted, gradient = rows_by_loop(layer, x)
     found = SAMPLERS[type(layer)](layer, [x], gradient)
     for parameter, rows in zip(layer.parameters(), wanted, strict=True):
-        torch.testing.assert_close(found[parameter], rows, atol=1e-4, rtol=1e-4)
+        own = found[parameter]
+        torch.testing.assert_close(own.rows() if isinstance(own, Outer) else own, rows, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_factors_are_multiplied_out_over_whatever_lay_there_or_added_to_it(dtype):
+    g = torch.Generator().manual_seed(0)
+    # as a convolution gives them: positions last in memory, three parts of each of two images
+    gradient, inputs = (torch.randn(6, n, 7, generator=g).to(dtype).mT for n in (4, 10))
+    outer = Outer(gradient, inputs, torch.Size((4, 5, 2))).folded(2)
+    wanted = torch.einsum("npto,npti->noi", *(x.double().unflatten(0, (2, 3)) for x in (gradient, inputs)))
+    wanted = wanted.view(2, 4, 5, 2)
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 0.2, "rtol": 1e-2}
+    torch.testing.assert_close(outer.rows().double(), wanted, **close)
+    found = torch.full((3, 4, 5, 2), math.nan)[:2]
+    outer.add_to(found, first=True)
+    torch.testing.assert_close(found.double(), wanted, **close)
+    outer.add_to(found, first=False)
+    torch.testing.assert_close(found.double(), 2 * wanted, **close)
+
+
+@pytest.mark.parametrize("kind", [VIT, RESNET], ids=["vit", "resnet"])
+def test_rows_of_a_batch_hold_nothing_of_the_batch_before(kind):
+    method = library_method(kind)
+    made = RowGradients(method)
+    before = batch_of(method, [0, 1, 2], seed=1)
+    before.first.fill_(math.nan)
+    found = []
+    for batches in ([before, batch_of(method, [0, 1])], [batch_of(method, [0, 1])]):
+        for batch in batches:
+            made.clear()
+            made.backward(batch)
+        found.append({n: p.grad_sample.clone() for n, p in method.named_parameters()
+                      if p.grad_sample is not None})  # fmt: skip
+        made.cleanup()
+        made = RowGradients(method)
+    assert found[0].keys() == found[1].keys()
+    for name, rows in found[0].items():
+        assert torch.equal(rows, found[1][name]) and rows.isfinite().all(), name
 
 
 @pytest.mark.parametrize(

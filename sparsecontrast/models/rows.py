@@ -3,14 +3,17 @@
 A layer's weight gradient is a sum over the rows of a batch; the formulas here leave that sum out. They
 take what Opacus' grad samplers take: the layer, its inputs, the gradient of its output; N rows each.
 Formulas for the layers of torch come from Opacus, but for convolutions, whose formula there computes a
-depthwise one (ConvNeXt) as if it were full.
+depthwise one (ConvNeXt) as if it were full. Where rows are large they are given as two factors (``Outer``),
+for whoever asks to multiply them out where they are to lie.
 
 A parameter outside of any layer is given to the model once per row instead (``ROW_PARAMETERS``): a
 token, a table of positions. The models that own one accept it with a batch axis.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from timm.layers.layer_scale import LayerScale
 from timm.layers.norm import GroupNorm, LayerNorm, LayerNorm2d
@@ -23,7 +26,43 @@ from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import PatchProjection, SparseViT
 from sparsecontrast.models.surprise import RingConv, SurprisePredictor
 
-Rows = dict[Tensor, Tensor]
+
+class Outer(NamedTuple):
+    """Rows of a weight in two factors: row n is ``gradient[n].T @ inputs[n]``, in the shape of the weight.
+
+    Attributes:
+        gradient: [N, T, out], of the layer's output at T positions.
+        inputs: [N, T, in].
+        shape: of the weight, out * in numbers.
+    """
+
+    gradient: Tensor
+    inputs: Tensor
+    shape: torch.Size
+
+    def folded(self, count: int) -> "Outer":
+        """Take parts of an image together: [count * parts, T, ...] -> [count, parts * T, ...]."""
+        if len(self.gradient) == count:
+            return self
+        gradient, inputs = (x.reshape(count, -1, x.shape[2]) for x in (self.gradient, self.inputs))
+        return Outer(gradient, inputs, self.shape)
+
+    def add_to(self, rows: Tensor, first: bool) -> None:
+        """Write the rows to [N, *shape], or add them to what lies there."""
+        left, into = self.gradient.mT, rows.view(len(rows), self.gradient.shape[2], -1)
+        if rows.dtype == left.dtype:
+            torch.baddbmm(into, left, self.inputs, beta=0 if first else 1, out=into)
+        elif first:
+            into.copy_(left @ self.inputs)
+        else:
+            into.add_(left @ self.inputs)
+
+    def rows(self) -> Tensor:
+        """Multiply out: [N, *shape]."""
+        return (self.gradient.mT @ self.inputs).view(len(self.gradient), *self.shape)
+
+
+Rows = dict[Tensor, Tensor | Outer]
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], Rows]
 
 ROW_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
@@ -43,16 +82,11 @@ def linear_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Row
     n, rows = len(gradient), {}
     g = gradient.reshape(n, -1, layer.out_features)
     if layer.weight.requires_grad:
-        rows[layer.weight] = g.mT @ inputs[0].to(g.dtype).reshape(n, -1, layer.in_features)
+        x = inputs[0].to(g.dtype).reshape(n, -1, layer.in_features)
+        rows[layer.weight] = Outer(g, x, layer.weight.shape)
     if layer.bias is not None and layer.bias.requires_grad:
         rows[layer.bias] = g.sum(1)
     return rows
-
-
-def add_linear(held: Tensor, inputs: Tensor, gradient: Tensor) -> None:
-    """Add a linear layer's rows of the weight to ``held`` [N, out, in], with no copy in between."""
-    n = len(held)
-    held.baddbmm_(gradient.reshape(n, -1, held.shape[1]).mT, inputs.reshape(n, -1, held.shape[2]))
 
 
 def conv_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
@@ -66,13 +100,13 @@ def conv_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
     return rows
 
 
-def _full(layer: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
+def _full(layer: nn.Conv2d, x: Tensor, gradient: Tensor) -> Outer:
     """One matrix product a row over the unfolded input."""
     if layer.kernel_size == layer.stride == (1, 1):
         columns = x.flatten(2)
     else:
         columns = F.unfold(x, layer.kernel_size, layer.dilation, _padding(layer), layer.stride)
-    return (gradient.flatten(2) @ columns.mT).view(len(x), *layer.weight.shape)
+    return Outer(gradient.flatten(2).mT, columns.mT, layer.weight.shape)
 
 
 def _grouped(layer: nn.Conv2d, x: Tensor, gradient: Tensor) -> Tensor:
@@ -94,17 +128,18 @@ def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
 def ring_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
     """Rows of a convolution whose centre is cut out."""
     assert isinstance(layer, RingConv)
-    return {
-        p: g * layer.without_centre if p is layer.weight else g
-        for p, g in conv_rows(layer, inputs, gradient).items()
-    }
+    rows = conv_rows(layer, inputs, gradient)
+    found = rows.get(layer.weight)
+    if isinstance(found, Outer):
+        rows[layer.weight] = found.rows() * layer.without_centre
+    return rows
 
 
 def projection_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
     """Rows of the patch embedding's convolution, applied to patches [N, K, C * p^2] that were cut before."""
     assert isinstance(layer, PatchProjection)
-    conv, n = layer.convolution, len(gradient)
-    rows = {conv.weight: (gradient.mT @ inputs[0].to(gradient.dtype)).view(n, *conv.weight.shape)}
+    conv = layer.convolution
+    rows: Rows = {conv.weight: Outer(gradient, inputs[0].to(gradient.dtype), conv.weight.shape)}
     if conv.bias is not None:
         rows[conv.bias] = gradient.sum(1)
     return {p: g for p, g in rows.items() if p.requires_grad}
