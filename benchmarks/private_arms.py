@@ -178,7 +178,8 @@ class _Sized:
 
 def _ours(arm: Arm, model: Model) -> nn.Module:
     backbone, method = model.configs(OURS)
-    module = build_method(cast(Config, SimpleNamespace(seed=0, backbone=backbone, method=method)))
+    told = {"seed": 0, "backbone": backbone, "method": method, "privacy": SimpleNamespace(name="dp_sgd")}
+    module = build_method(cast(Config, SimpleNamespace(**told)))
     module.keep = arm.keep
     return module
 
