@@ -12,7 +12,8 @@ FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 DOORS = {
     "flwr": ("server/", "client/", "simulation/"),
     "ray": (),
-    "opacus": ("sparsecontrast/privacy.py", "sparsecontrast/row_gradients.py"),
+    # what the library replaces is audited beside it
+    "opacus": ("sparsecontrast/privacy.py", "sparsecontrast/row_gradients.py", "benchmarks/one_step.py"),
     "dp_accounting": ("sparsecontrast/accounting.py",),
     "timm": ("sparsecontrast/models/", "sparsecontrast/export.py", "benchmarks/"),
     "onnx": ("sparsecontrast/export_onnx.py",),
@@ -64,6 +65,11 @@ ROOMS = {
     "sparsecontrast/checkpoint.py": FILE_ROOMS,
     "sparsecontrast/database.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
     "sparsecontrast/ledger.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.book", "sparsecontrast.database"),
+    "sparsecontrast/auditing.py": (
+        "sparsecontrast.errors",
+        "sparsecontrast.probes",
+        "sparsecontrast.ranges",
+    ),
     "sparsecontrast/noise.py": (),
     "sparsecontrast/sampling.py": ("sparsecontrast.errors", "sparsecontrast.noise"),
     "sparsecontrast/coupling.py": ("sparsecontrast.methods.method",),
