@@ -4,20 +4,22 @@
 
 Each row is one run whose claim is (epsilon, delta), and the lower bound of its epsilon at 95 % confidence
 from what it released (``sparsecontrast/auditing.py``: Steinke et al. 2023, guesses over a fixed grid of
-plans and two attacks, paid for by a union bound). A bound above the claim refutes it; one below proves
-nothing. How far below a faultless mechanism comes out, for this audit loses much, is simulated: the
-sampling and the noise alone, ``exact_least`` and ``exact_most`` of so many runs. A fault can leave that
-range and stay below the claim; ``verdict`` tells the two apart:
+plans, and up to three attacks, paid for by a union bound). A bound above the claim refutes it; one below
+proves nothing. How far below a faultless mechanism comes out, for this audit loses much, is simulated:
+coins, sampling and noise alone, ``exact_least`` and ``exact_most`` of ``exact_runs``. A fault can leave
+that range and stay below the claim; ``verdict`` tells the two apart:
 
     refuted     the bound lies above the claim
     too much    below the claim, above all exact runs: less noise, or longer gradients, than is told
     holds       neither
 
 Settings, all white-box: *gradients* (canaries of one coordinate each, the strongest), *images* (canaries of
-white noise, by their own gradients, beside the black-box figure, how far their loss fell), *one step* (near-
-duplicates and an outlier, played many times, the auditor knows both sums). q and steps are few and large,
-for power: amplification by a small q is what such an audit sees least of. delta is 1e-7 because the
-audit pays 2 m delta: at 1e-5 and 32,768 canaries no bound could exceed 5.6.
+white noise, by their own gradients; the black box sees only how far their loss fell), *one step* (near-
+duplicates and an outlier, played many times, the auditor knows both sums). For power, q is large and steps
+are few: amplification by a small q is what such an audit sees least of. delta is 1e-7 because the audit
+pays 2 m delta: at 1e-5 and 32,768 canaries no bound could exceed 5.6.
+
+Eight minutes of one core; ``--quick`` half a minute.
 """
 
 import argparse
@@ -68,11 +70,12 @@ class Scale:
 
     Attributes:
         claims: epsilons of the gradient runs; the other settings have the first alone, ours all.
-        patients: that are no canaries.
+        patients: of a gradient run that are no canaries.
         canaries: in the gradients.
         steps: of a gradient run.
         images: canaries of the image runs.
         image_steps: of an image run.
+        image_patients: of it that are no canaries: their gradients stand in the auditor's way.
         trials: of the one step.
         exact: simulated runs.
     """
@@ -83,12 +86,13 @@ class Scale:
     steps: int
     images: int
     image_steps: int
+    image_patients: int
     trials: int
     exact: int
 
 
-FULL = Scale((2.0, 8.0), 128, 32768, 20, 512, 20, 2000, 100)
-QUICK = Scale((2.0,), 8, 2048, 5, 64, 3, 300, 20)
+FULL = Scale((2.0, 8.0), 128, 32768, 20, 512, 10, 8, 2000, 100)
+QUICK = Scale((2.0,), 8, 2048, 5, 64, 3, 4, 300, 20)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,6 +122,7 @@ def measure(scale: Scale, seed: int) -> Iterator[Row]:
     patients = Patients(scale.patients)
     for claim in scale.claims:
         yield from gradients(GRADIENTS, claim, patients, scale, seed)
+    patients = Patients(scale.image_patients)
     yield from images(IMAGES, scale.claims[0], patients, scale, seed)
     for claim in scale.claims[1:]:
         yield from images((SOUND,), claim, patients, scale, seed)
