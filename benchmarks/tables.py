@@ -177,6 +177,18 @@ def borders() -> str:
     return markdown(["network", "tiles", *(f"halo {halo} px" for halo in halos), "work"], body)
 
 
+def audit() -> str:
+    """Lower bounds of epsilon beside the claim and beside those of exact runs."""
+    head = ("setting", "run", "claim", "lower bound", "right guesses", "exact runs", "largest possible", "")
+    body = []
+    for r in rows("audit-*.json"):
+        exact = f"{r['exact_least']:.2f} to {r['exact_most']:.2f}" if "exact_least" in r else "–"
+        name = r["contender"].replace("ours", "**ours**") if r["sound"] else r["contender"]
+        told = [f"{r['correct']} of {r['guesses']}", exact, f"{r['ceiling']:.2f}", r["verdict"]]
+        body.append([r["setting"], name, f"{r['claim']:.0f}", f"{r['lower_bound']:.2f}", *told])
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sparsity": sparsity,
     "sparsity-bf16": lambda: sparsity(("bf16",), (1.0, 0.5, 0.3, 0.25, 0.15)),
@@ -186,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-real": lambda: quality("multisite", REAL),
     "borders": borders,
     "epoch": epoch,
+    "audit": audit,
 }
 
 if __name__ == "__main__":

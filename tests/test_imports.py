@@ -15,7 +15,8 @@ DOORS = {
     "opacus": (
         "sparsecontrast/privacy.py",
         "sparsecontrast/row_gradients.py",
-        "benchmarks/rivals/plain_opacus.py",
+        "benchmarks/rivals/plain_opacus.py",  # what the library replaces is timed and audited beside it
+        "benchmarks/one_step.py",
     ),
     "dp_accounting": ("sparsecontrast/accounting.py",),
     "timm": ("sparsecontrast/models/", "sparsecontrast/export.py", "benchmarks/"),
@@ -68,6 +69,11 @@ ROOMS = {
     "sparsecontrast/checkpoint.py": FILE_ROOMS,
     "sparsecontrast/database.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
     "sparsecontrast/ledger.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.book", "sparsecontrast.database"),
+    "sparsecontrast/auditing.py": (
+        "sparsecontrast.errors",
+        "sparsecontrast.probes",
+        "sparsecontrast.ranges",
+    ),
     "sparsecontrast/noise.py": (),
     "sparsecontrast/sampling.py": ("sparsecontrast.errors", "sparsecontrast.noise"),
     "sparsecontrast/coupling.py": ("sparsecontrast.methods.method",),
