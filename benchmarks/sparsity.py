@@ -62,7 +62,7 @@ TOKEN_RIVALS = ("evit", "evit_one_stage", "dynamic_vit", "tome", "random_drop", 
 FEW_RIVALS = ("evit", "tome", "random_drop", "low_resolution")
 COMPILED_RIVALS = ("random_drop", "low_resolution")
 PHASES = ("train", "infer_1", "infer_n")
-TOGETHER = 9  # contenders at a time on a CPU: their memory adds up
+TOGETHER = {224: 9, 384: 4, 512: 3}  # contenders at a time on a CPU: their memory adds up
 SHOWN = {
     "method": "method", "keep": "keep", "precision": "precision", "attention": "attention",
     "phase": "phase", "cost_ms": "ms", "ratio_equal_precision": "x equal", "ratio_equal_precision_low": "low",
@@ -194,7 +194,7 @@ def measure(cell: Cell, protocol: Protocol, device: torch.device) -> list[dict[s
     On a CPU a few contenders at a time, each in a process of its own (``alone.py``), beside the references.
     """
     dense, others = references(cell, device), contenders(cell, protocol, device)
-    size = len(others) if device.type == "cuda" else TOGETHER
+    size = len(others) if device.type == "cuda" else _of_size(TOGETHER, cell.model)
     rows: list[dict[str, Any]] = []
     for start in range(0, len(others), size):
         found = _measure_group(cell, dense, others[start : start + size], protocol, device)
@@ -295,10 +295,14 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def _of_size(table: dict[int, int], model: Model) -> int:
+    """What a table says of the size next to the model's."""
+    return table[min(table, key=lambda size: abs(size - model.size))]
+
+
 def _batch(model: Model, device: torch.device) -> int:
     """Images a step: enough to fill a GPU, few on a CPU, where more change nothing but the time."""
-    table = BATCH[device.type]
-    images = table[min(table, key=lambda size: abs(size - model.size))]
+    images = _of_size(BATCH[device.type], model)
     return images * 2 if device.type == "cpu" and model.backbone in LIGHT else images
 
 
