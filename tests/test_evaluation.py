@@ -270,7 +270,7 @@ def test_trained_baselines_start_from_the_weights_that_the_run_started_from(star
 
     def spy(self, images, patients, number, rounds):
         beginnings.append({n: t.clone() for n, t in self.module.state_dict().items()})
-        return TrainResult(1, len(images), 0.0, {"loss": 0.0})
+        return TrainResult(len(images), 1, len(images), 0.0, {"loss": 0.0})
 
     monkeypatch.setattr(features.LocalTrainer, "run", spy)
     shutil.rmtree(started / "baselines", ignore_errors=True)
