@@ -51,8 +51,9 @@ def test_a_log_that_lost_its_end_is_refused(tmp_path, kept):
 
 
 def test_a_log_made_anew_or_taken_away_is_refused(tmp_path):
-    log = filled(tmp_path / "a")
-    other = filled(tmp_path / "b", 4)
+    log, other = filled(tmp_path / "a"), EgressLog(tmp_path / "b")
+    for number in range(4):
+        other.append("query", FACTS | {"round": number})
     log.path.write_bytes(other.path.read_bytes())
     with pytest.raises(EgressError, match="made anew"):
         log.rows()

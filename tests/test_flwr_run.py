@@ -14,6 +14,7 @@ import pytest
 
 from simulation import flower_home
 from sparsecontrast import checkpoint, overrides
+from sparsecontrast.egress import FILE, HEAD
 from tests.federations import MODEL, rows
 
 pytestmark = pytest.mark.e2e
@@ -132,7 +133,11 @@ def test_a_run_without_a_quorum_is_marked_as_failed(flower):
     # a relative output_dir starts where the SuperLink was started, the clone; for the sites too
     out = flower.app / "outputs" / "small"
     assert checkpoint.latest(out) == 0
-    assert sorted(p.name for p in (out / "sites").iterdir()) == [f"hospital_0{i}" for i in range(3)]
+    folders = sorted(p.name for p in (out / "sites").iterdir())
+    assert folders[:3] == [f"hospital_0{i}" for i in range(3)]
+    # the seven nodes without a site log that they said so, and keep nothing else
+    idle = {p.name for name in folders[3:] for p in (out / "sites" / name).iterdir()}
+    assert folders[3:] == [f"node_{i}" for i in range(3, 10)] and idle == {FILE, HEAD}
 
 
 def test_the_environment_takes_the_clones_home_unless_told_otherwise(tmp_path):
