@@ -54,7 +54,7 @@ def test_plain_timm_builds_the_network_inside_from_the_files_alone(exported, met
     plain: Any = timm.create_model(**said["timm"]["build"]).eval()
     plain.load_state_dict(load_file(exported / "backbone.safetensors"), strict=True)
     cnn, norm = method.backbone.cnn, method.backbone.norm
-    assert torch.equal(plain.forward_features(images), cnn.forward_features(images))
+    close(cnn.forward_features(images), plain.forward_features(images), 1e-5)  # small maps: other rounding
     mean = cnn.forward_features(images).mean((2, 3))
     convnext = said["timm"]["build"]["model_name"].startswith("convnext")
     close(plain(images), norm(mean) if convnext else mean, 1e-5)

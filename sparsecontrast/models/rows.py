@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from sparsecontrast.models.small_maps import SmallMapConv2d
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import PatchProjection, SparseViT
 from sparsecontrast.models.surprise import RingConv, SurprisePredictor
@@ -193,6 +194,7 @@ def block_scale_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -
 SAMPLERS: dict[type[nn.Module], Sampler] = {
     nn.Linear: linear_rows,
     nn.Conv2d: conv_rows,
+    SmallMapConv2d: conv_rows,
     RingConv: ring_rows,
     PatchProjection: projection_rows,
     nn.LayerNorm: layer_norm_rows,

@@ -30,6 +30,7 @@ from sparsecontrast.config import BackboneConfig
 from sparsecontrast.errors import MethodError, ModelError
 from sparsecontrast.models import tiles, tokens
 from sparsecontrast.models.pretrained import load_fitting, pretrained_state, sum_over_rgb
+from sparsecontrast.models.small_maps import set_small_maps
 
 REDUCTION = 4  # side of the average pool in front of the overview, as in front of the scorer
 OVERVIEW_STRIDE = 8  # of its last feature map, in its own pixels: two stages
@@ -137,16 +138,16 @@ class SparseCNN(nn.Module):
 
     def coarse_cells(self, images: Tensor) -> Tensor:
         """Describe every cell from the reduced image, and where it lies: [B, cells, D]."""
-        maps = self.overview.forward_features(tokens.shrink(images, REDUCTION))
+        maps = _maps(self.overview, tokens.shrink(images, REDUCTION))
         return self.coarse(_pool(maps, self.whole_weights)) + self.position
 
     def fine_cells(self, images: Tensor, kept: Tensor | None = None) -> Tensor:
         """Describe the kept cells [B, m, D] from their windows, or all [B, cells, D] from the whole image."""
         if kept is None:
-            return _pool(self.cnn.forward_features(images), self.whole_weights)
+            return _pool(_maps(self.cnn, images), self.whole_weights)
         windows = tiles.cut(images, kept, self.starts, self.window)
         weights = self.window_weights[kept].flatten(0, 1)[:, None]
-        return _pool(self.cnn.forward_features(windows), weights).reshape(*kept.shape, -1)
+        return _pool(_maps(self.cnn, windows), weights).reshape(*kept.shape, -1)
 
     def timm_state(self) -> dict[str, Tensor]:
         """Weights of the plain timm network inside: a ConvNeXt gets the norm back that was taken from it."""
@@ -196,6 +197,7 @@ def build_sparse_cnn(config: BackboneConfig) -> SparseCNN:
         )
     if config.pretrained:
         _load_pretrained(cnn, config)
+    set_small_maps(cnn)
     assert config.tiles is not None  # what makes it a CNN's configuration
     return SparseCNN(cnn, config.img_size, config.tiles, config.halo or 0)
 
@@ -224,6 +226,16 @@ def _take_last_norm(cnn: ConvNeXt | ResNet) -> nn.LayerNorm:
     norm.load_state_dict(own.state_dict())
     cnn.head = nn.Identity()  # type: ignore[assignment]
     return norm
+
+
+def _maps(cnn: Any, images: Tensor) -> Tensor:
+    """Run a network: [N, 1, H, W] -> [N, D, h, w]."""
+    if isinstance(cnn, ConvNeXt):
+        return cnn.forward_features(images)
+    maps = cnn.act1(cnn.bn1(cnn.conv1(images)))
+    # on a CPU max pooling in bf16 wants the channels last, GroupNorm the channels first
+    maps = cnn.maxpool(maps.contiguous(memory_format=torch.channels_last)).contiguous()
+    return cnn.layer4(cnn.layer3(cnn.layer2(cnn.layer1(maps))))
 
 
 def _pool(maps: Tensor, weights: Tensor) -> Tensor:
