@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -21,14 +20,12 @@ from client.guard import guard
 from client.log import note
 from sparsecontrast.errors import (
     BackboneMismatchError,
-    CheckpointError,
     ConfigError,
     PayloadError,
     SparseContrastError,
 )
 
 app = ClientApp(mods=[guard])
-STATES_KEPT = 2  # a round that is run again needs the state before it
 _RUN_KEY = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -60,8 +57,9 @@ def _hello(message: Message, sites: Sequence[Any]) -> RecordDict:
 def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     import torch
 
+    from client.rounds import KeptRounds
     from client.site import training_set
-    from sparsecontrast import payload
+    from sparsecontrast.deltas import pack_upload
     from sparsecontrast.methods import build_method
     from sparsecontrast.trainers import build_trainer
 
@@ -70,20 +68,21 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     number, rounds, run_key, mu = _orders(message.content.config_records["config"])
     torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
     method: Any = build_method(site.config, pretrained=False)  # the server's weights follow
-    weights = _global_weights(message.content, _shapes(method))
+    weights, reference = _global_weights(message.content, _shapes(method))
     own = training_set(site)
     method.load_state_dict(weights, strict=False)
     trainer = build_trainer(
         method, site.config, site.name, site.state_dir, run_key, own.frame["patient_id"], site.key_dir
     )
-    folder = site.state_dir / "state" / run_key
-    restored = _restore(trainer, folder, number, site.state_dir)
+    kept = KeptRounds(site.state_dir / "state" / run_key, site.state_dir)
+    restored = kept.restore(trainer, number)
     result = trainer.run(own.images, own.patient_codes, number, rounds, proximal_mu=mu)
-    _save(trainer, folder, number)
-    state, allowed = method.state_dict(), method.shared_parameters()
-    packed = payload.pack(
-        {name: state[name] for name in allowed}, allowed, site.config.federation.payload_dtype
-    )
+    state, allowed, wire = method.state_dict(), method.shared_parameters(), site.config.federation
+    packed, residual = pack_upload(
+        {name: state[name] for name in allowed}, allowed, wire.upload, wire.payload_dtype, reference,
+        kept.residual(restored),
+    )  # fmt: skip
+    kept.save(trainer, number, residual)
     metrics: dict[str, int | float] = {
         "num-examples": result.examples, "steps": result.steps, "state-round": restored, **result.metrics
     }  # fmt: skip
@@ -139,8 +138,8 @@ def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:
     return number, rounds, run_key, float(mu)
 
 
-def _global_weights(content: RecordDict, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Unpack the server's weights.
+def _global_weights(content: RecordDict, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], Any]:
+    """Unpack the server's weights: by name, and as the vector [n], fp32, that updates count from.
 
     Raises:
         BackboneMismatchError: they are of another backbone.
@@ -159,33 +158,8 @@ def _global_weights(content: RecordDict, shapes: dict[str, tuple[int, ...]]) -> 
                 f"the server's weights do not fit this site's backbone: {error}"
             ) from error
         raise
-    return payload.unpack(packed)
-
-
-def _restore(trainer: Any, folder: Path, number: int, state_dir: Path) -> int:
-    """Load the newest whole local state of a round before ``number``; returns that round, 0 for none."""
-    for candidate in sorted((n for n in _kept(folder) if n < number), reverse=True):
-        try:
-            trainer.load(_state_file(folder, candidate))
-            return candidate
-        except CheckpointError as error:
-            note(state_dir, f"{error}; trying an older local state")
-    return 0
-
-
-def _save(trainer: Any, folder: Path, number: int) -> None:
-    """Write this round's local state and forget all but the newest two."""
-    trainer.save(_state_file(folder, number))
-    for old in sorted(n for n in _kept(folder) if n <= number)[:-STATES_KEPT]:
-        _state_file(folder, old).unlink(missing_ok=True)
-
-
-def _kept(folder: Path) -> list[int]:
-    return [int(path.stem.removeprefix("round_")) for path in folder.glob("round_[0-9]*.safetensors")]
-
-
-def _state_file(folder: Path, number: int) -> Path:
-    return folder / f"round_{number:04d}.safetensors"
+    tensors = payload.unpack(packed)
+    return tensors, packed.flat.astype("float32")
 
 
 def _shapes(method: Any) -> dict[str, tuple[int, ...]]:

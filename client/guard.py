@@ -86,7 +86,8 @@ def _limits(message: Message, site: Site) -> Any:
     manifest = message.content.config_records["manifest"]
     names, shapes = list(manifest["names"]), list(manifest["shapes"])  # type: ignore[arg-type]
     came = {str(n): payload.parse_shape(str(s)) for n, s in zip(names, shapes, strict=True)}
-    flat = payload.from_npy(message.content.array_records["arrays"]["flat"].data)
+    flat = payload.from_npy(message.content.array_records["arrays"]["flat"].data).astype("float32")
+    wire = site.config.federation
     privacy, charged = site.config.privacy, None
     if privacy.name != "none":
         from sparsecontrast.ledger import ledger_of
@@ -95,7 +96,15 @@ def _limits(message: Message, site: Site) -> Any:
         entries = ledger_of(site.config, site.state_dir).read().entries
         mine = [e.epsilon for e in entries if (e.run, e.round) == (config["run_key"], config["round"])]
         charged = mine[-1] if mine else None
-    return release.Limits(came, flat, site.egress.max_norm_ratio, privacy.target_epsilon, charged)
+    return release.Limits(
+        came,
+        flat,
+        site.egress.max_norm_ratio,
+        wire.upload,
+        wire.payload_dtype,
+        privacy.target_epsilon,
+        charged,
+    )
 
 
 def _check_status(status: dict[str, Any]) -> None:

@@ -137,7 +137,8 @@ class Rounds:
             self.folder.run_key,
             self.shapes,
             self.config.payload_dtype,
-            payload.norm(down.flat),
+            self.config.upload,
+            down.flat.astype(np.float32),
             self.config.max_norm_ratio,
         )
         valid, refused = _judge(answers, expected)

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from server.conversation import status_of
 from server.strategy import Contribution
 from sparsecontrast import payload
+from sparsecontrast.deltas import weights_of
 from sparsecontrast.errors import FederationError, PayloadError
 
 MOST_METRICS = 64
@@ -34,15 +35,17 @@ class Expectation:
         run_key: of this run.
         shapes: of the shared tensors, by name.
         dtype: fp32 or fp16.
-        reference_norm: 2-norm of the weights sent out.
-        max_norm_ratio: see ``payload.verify``.
+        upload: weights, delta or delta_int8.
+        reference: [n] fp32, the weights as they were sent out.
+        max_norm_ratio: see ``payload.check_norm``.
     """
 
     round_number: int
     run_key: str
     shapes: Mapping[str, Sequence[int]]
     dtype: str
-    reference_norm: float
+    upload: str
+    reference: np.ndarray
     max_norm_ratio: float
 
 
@@ -64,7 +67,7 @@ def read_reply(site: str, reply: RecordDict, expected: Expectation) -> Contribut
     Raises:
         RefusedError: the site reports an error.
         PayloadError: ``stale`` for another round, run or site, ``weight`` for a count that is not a
-            positive integer, and the reasons of ``payload.verify``.
+            positive integer, and the reasons of ``deltas.weights_of``.
     """
     name, code = status_of(reply)
     if code:
@@ -86,8 +89,8 @@ def _array(reply: RecordDict, expected: Expectation) -> np.ndarray:
     if arrays is None or manifest is None or list(arrays) != ["flat"] or len(reply.array_records) != 1:
         raise PayloadError("manifest", "a reply holds one array named flat and its manifest")
     packed = payload.Payload(payload.from_npy(arrays["flat"].data), dict(manifest))
-    payload.verify(packed, expected.shapes, expected.dtype, expected.reference_norm, expected.max_norm_ratio)
-    return packed.flat.astype(np.float32)
+    e = expected
+    return weights_of(packed, e.shapes, e.upload, e.dtype, e.reference, e.max_norm_ratio)
 
 
 def _metrics(reply: RecordDict) -> dict[str, int | float]:

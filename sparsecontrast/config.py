@@ -131,6 +131,7 @@ class FederationConfig:
     round_timeout: float
     connect_timeout: float
     payload_dtype: Literal["fp32", "fp16"]
+    upload: Literal["weights", "delta", "delta_int8"]
     weighting: Literal["examples", "uniform"]
     max_weight: float
     max_norm_ratio: float

@@ -2,7 +2,7 @@
 
 ``pack`` is the only way out and ``verify`` the only way in. Nothing is pickled: the array travels
 as NPY bytes whose header is checked before anything is allocated, the manifest as plain scalars and
-lists of text.
+lists of text and of numbers.
 
 The layout is canonical: tensors in the order of their names, each flattened row-major. So replies
 of one backbone can be averaged, masked or compared as vectors, without looking into them.
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from sparsecontrast.errors import PayloadError
 
-VERSION = 1
+VERSION = 2
 SHARED = ("backbone.", "saliency.")  # whatever a method says, nothing else may leave
-DTYPES = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+FLOATS = {"fp32": np.dtype("<f4"), "fp16": np.dtype("<f2")}
+DTYPES = FLOATS | {"int8": np.dtype("i1")}  # the last for updates alone, see deltas.py
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -32,9 +33,10 @@ class Payload:
     """A message's tensors.
 
     Attributes:
-        flat: [n] float32 or float16, the tensors one after another in the order of the manifest.
-        manifest: ``version``, ``dtype`` (fp32 | fp16), ``names``, ``shapes`` ("192x1x4x4", "" for a
-            scalar), ``sha256`` of the array's bytes.
+        flat: [n] float32, float16 or int8, the tensors one after another in the order of the manifest.
+        manifest: ``version``, ``kind`` (weights | delta), ``dtype`` (fp32 | fp16 | int8), ``names``,
+            ``shapes`` ("192x1x4x4", "" for a scalar), ``scales`` (what each tensor's numbers are to be
+            multiplied with: 1 unless int8), ``sha256`` of the bytes of array and scales.
     """
 
     flat: np.ndarray
@@ -66,16 +68,16 @@ def pack(tensors: Mapping[str, Tensor], allowed: Sequence[str], dtype: str) -> P
     parts = [tensors[name].detach().cpu().to(torch.float32).reshape(-1).numpy() for name in names]
     with np.errstate(over="ignore"):  # an overflow is found just below
         flat = np.concatenate(parts).astype(_dtype(dtype))
-    _check_finite(flat)
-    return Payload(flat, _manifest({name: tuple(tensors[name].shape) for name in names}, dtype, flat))
+    check_finite(flat)
+    return Payload(flat, manifest_of({name: tuple(tensors[name].shape) for name in names}, dtype, flat))
 
 
 def repack(flat: np.ndarray, shapes: Shapes, dtype: str) -> Payload:
     """Pack a vector that is already in the canonical layout of ``shapes``."""
     with np.errstate(over="ignore"):
         cast = flat.astype(_dtype(dtype))
-    _check_finite(cast)
-    return Payload(cast, _manifest(shapes, dtype, cast))
+    check_finite(cast)
+    return Payload(cast, manifest_of(shapes, dtype, cast))
 
 
 def unpack(payload: Payload) -> dict[str, Tensor]:
@@ -87,41 +89,44 @@ def unpack(payload: Payload) -> dict[str, Tensor]:
     return {n: p.reshape(s).clone() for n, p, s in zip(names, parts, shapes, strict=True)}
 
 
-def verify(
-    payload: Payload,
-    expected: Shapes,
-    dtype: str | None = None,
-    reference_norm: float | None = None,
-    max_norm_ratio: float = 10.0,
-) -> None:
-    """Refuse a payload that does not fit, or that no honest training could have made.
+def verify(payload: Payload, expected: Shapes, dtype: str | None = None, kind: str = "weights") -> None:
+    """Refuse a payload that does not fit.
 
     Args:
         payload: what arrived.
         expected: shapes by name of the receiver's own shared tensors.
-        dtype: fp32 or fp16 when the receiver insists.
-        reference_norm: 2-norm of the weights that training started from.
-        max_norm_ratio: the largest factor, up or down, between the two norms.
+        dtype: fp32, fp16 or int8 when the receiver insists.
+        kind: weights, or delta for an update of weights that the receiver knows.
 
     Raises:
-        PayloadError: ``manifest``, ``names``, ``shape``, ``dtype``, ``size``, ``nonfinite`` or ``norm``.
+        PayloadError: ``manifest``, ``names``, ``shape``, ``dtype``, ``size`` or ``nonfinite``.
     """
     flat, manifest = payload.flat, payload.manifest
     _check_manifest(manifest, expected)
+    if manifest["kind"] != kind:
+        raise PayloadError("manifest", f"holds {manifest['kind'][:20]!r}, expected {kind}")
     if dtype is not None and manifest["dtype"] != dtype:
         raise PayloadError("dtype", f"manifest says {manifest['dtype']!r}, expected {dtype}")
-    if flat.dtype != _dtype(manifest["dtype"]):
+    if flat.dtype != _dtype(manifest["dtype"], DTYPES):
         raise PayloadError("dtype", f"array is {flat.dtype}, the manifest says {manifest['dtype']}")
     total = sum(math.prod(shape) for shape in expected.values())
     if flat.shape != (total,):
         raise PayloadError("size", f"array has shape {flat.shape}, expected ({total},)")
-    if hashlib.sha256(flat.tobytes()).hexdigest() != manifest["sha256"]:
+    _check_scales(manifest, len(expected))
+    if _sha256(flat, manifest["scales"]) != manifest["sha256"]:
         raise PayloadError("manifest", "sha256 of the array is not the manifest's")
-    _check_finite(flat)
-    if reference_norm is not None:
-        size = norm(flat)
-        if size > max_norm_ratio * reference_norm or size * max_norm_ratio < reference_norm:
-            raise PayloadError("norm", f"norm is not within x{max_norm_ratio:g} of the global weights'")
+    check_finite(flat)
+
+
+def check_norm(flat: np.ndarray, reference: np.ndarray, max_norm_ratio: float) -> None:
+    """Refuse weights that no honest training could have made of ``reference``.
+
+    Raises:
+        PayloadError: ``norm``, the two norms are more than a factor ``max_norm_ratio`` apart.
+    """
+    size, before = norm(flat), norm(reference)
+    if size > max_norm_ratio * before or size * max_norm_ratio < before:
+        raise PayloadError("norm", f"norm is not within x{max_norm_ratio:g} of the global weights'")
 
 
 def fingerprint(shapes: Shapes) -> str:
@@ -147,7 +152,7 @@ def from_npy(data: bytes) -> np.ndarray:
 
     Raises:
         PayloadError: ``size`` for truncated bytes and for a header that cannot be read, ``dtype`` for
-            anything but a vector of the two agreed types.
+            anything but a vector of the agreed types.
     """
     buffer = io.BytesIO(data)
     try:
@@ -160,26 +165,39 @@ def from_npy(data: bytes) -> np.ndarray:
     except Exception as error:  # the header is parsed as Python text, which can fail in any way
         raise PayloadError("size", "truncated or malformed array") from error
     if dtype not in DTYPES.values() or len(shape) != 1 or fortran:
-        raise PayloadError("dtype", f"array is {dtype} of {len(shape)} dimensions, expected a float vector")
+        raise PayloadError("dtype", f"array is {dtype} of {len(shape)} dimensions, expected a vector")
     body = memoryview(data)[buffer.tell() :]
     if len(body) != shape[0] * dtype.itemsize:
         raise PayloadError("size", f"array holds {len(body)} bytes, its header promises {shape[0]} values")
     return np.frombuffer(body, dtype=dtype)
 
 
-def _manifest(shapes: Shapes, dtype: str, flat: np.ndarray) -> dict[str, Any]:
+def manifest_of(
+    shapes: Shapes, dtype: str, flat: np.ndarray, kind: str = "weights", scales: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Describe an array in the canonical layout of ``shapes``."""
     names = sorted(shapes)
+    scales = [1.0] * len(names) if scales is None else list(scales)
     return {
         "version": VERSION,
+        "kind": kind,
         "dtype": dtype,
         "names": names,
         "shapes": [_format_shape(shapes[name]) for name in names],
-        "sha256": hashlib.sha256(flat.tobytes()).hexdigest(),
+        "scales": scales,
+        "sha256": _sha256(flat, scales),
     }
 
 
+def _sha256(flat: np.ndarray, scales: Sequence[float]) -> str:
+    return hashlib.sha256(flat.tobytes() + np.array(scales, "<f8").tobytes()).hexdigest()
+
+
 def _check_manifest(manifest: Mapping[str, Any], expected: Shapes) -> None:
-    kinds = {"version": int, "dtype": str, "names": list, "shapes": list, "sha256": str}
+    kinds = {
+        "version": int, "kind": str, "dtype": str, "names": list, "shapes": list, "scales": list,
+        "sha256": str,
+    }  # fmt: skip
     if set(manifest) != set(kinds) or any(not isinstance(manifest[k], t) for k, t in kinds.items()):
         raise PayloadError("manifest", f"manifest must hold exactly {sorted(kinds)}")
     if manifest["version"] != VERSION:
@@ -193,15 +211,27 @@ def _check_manifest(manifest: Mapping[str, Any], expected: Shapes) -> None:
         raise PayloadError("shape", f"{wrong[:5]}: not the shapes of this backbone")
 
 
-def _check_finite(flat: np.ndarray) -> None:
+def _check_scales(manifest: Mapping[str, Any], tensors: int) -> None:
+    scales, free = manifest["scales"], manifest["dtype"] == "int8"
+    right = [isinstance(s, float) and 0 < s < math.inf and (free or s == 1) for s in scales]
+    if len(scales) != tensors or not all(right):
+        raise PayloadError("manifest", f"scales must be {tensors} positive numbers, and 1 unless int8")
+
+
+def check_finite(flat: np.ndarray) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        PayloadError: ``nonfinite``.
+    """
     if not np.isfinite(flat).all():
         raise PayloadError("nonfinite", f"{int((~np.isfinite(flat)).sum())} values are NaN or infinite")
 
 
-def _dtype(name: str) -> np.dtype:
-    if name not in DTYPES:
-        raise PayloadError("dtype", f"{name!r}: must be one of {sorted(DTYPES)}")
-    return DTYPES[name]
+def _dtype(name: str, known: Mapping[str, np.dtype] = FLOATS) -> np.dtype:
+    if name not in known:
+        raise PayloadError("dtype", f"{name!r}: must be one of {sorted(known)}")
+    return known[name]
 
 
 def _format_shape(shape: Sequence[int]) -> str:

@@ -17,6 +17,7 @@ from sparsecontrast.runs import QUARANTINE, Run, read_table
 if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
 
+UPLOADS = {"weights": "", "delta": ", as updates,", "delta_int8": ", as updates of 8 bits a number,"}
 PLATEAU = 0.98  # a contrast loss above this share of its chance level has not left it
 MOST_FINDINGS = 7  # parts of one bar with a colour of their own; the eighth is for the rest
 _PATH = re.compile(r"(?<![\w.])[~.]{0,2}/[^\s'\",;:]+")
@@ -169,6 +170,7 @@ def transfer(run: Run) -> dict[str, Any]:
         "down": megabytes(sum(r["bytes_down"] for r in rounds)),
         "each": megabytes(first.get("bytes_up") or 0),
         "dtype": run.config.federation.payload_dtype,
+        "upload": UPLOADS[run.config.federation.upload],
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsecontrast import payload
+from sparsecontrast.deltas import weights_of
 from sparsecontrast.errors import EgressError, PayloadError
 
 COUNTS = ("num-examples", "steps", "state-round")
@@ -31,6 +32,8 @@ class Limits:
         shapes: of the tensors that may leave, by name; None while no round was asked for.
         reference: the flat weights that the round started from [n]; None likewise.
         max_norm_ratio: the largest factor, up or down, between the norms of weights and reference.
+        upload: how the site's configuration sends weights up.
+        dtype: fp32 or fp16, of what is not int8.
         target_epsilon: None where the site trains without differential privacy.
         charged: epsilon that the ledger holds for this round of this run; None where it holds none.
     """
@@ -38,6 +41,8 @@ class Limits:
     shapes: payload.Shapes | None = None
     reference: np.ndarray | None = None
     max_norm_ratio: float = 10.0
+    upload: str = "weights"
+    dtype: str = "fp32"
     target_epsilon: float | None = None
     charged: float | None = None
 
@@ -90,7 +95,7 @@ def check_weights(packed: payload.Payload, limits: Limits) -> None:
     """Refuse tensors that are not exactly the shared ones of this round's model, finite and of honest size.
 
     Raises:
-        EgressError: says which check of ``payload.verify`` failed.
+        EgressError: says which check of ``deltas.weights_of`` failed.
     """
     if limits.shapes is None or limits.reference is None:
         raise EgressError("weights, but none were asked for")
@@ -98,22 +103,26 @@ def check_weights(packed: payload.Payload, limits: Limits) -> None:
     if foreign:
         raise EgressError(f"{foreign[0]}: may not leave, whatever the method says")
     try:
-        reference = payload.norm(limits.reference)
-        payload.verify(packed, limits.shapes, None, reference, limits.max_norm_ratio)
+        weights_of(
+            packed, limits.shapes, limits.upload, limits.dtype, limits.reference, limits.max_norm_ratio
+        )
     except PayloadError as error:
         raise EgressError(f"weights held back: {error}") from error
 
 
 def told(packed: payload.Payload) -> dict[str, Any]:
     """Describe verified tensors for the log: names, shapes, norms, bytes and their SHA-256."""
-    names: Sequence[str] = packed.manifest["names"]
-    shapes: Sequence[str] = packed.manifest["shapes"]
-    sizes = [math.prod(int(n) for n in text.split("x")) if text else 1 for text in shapes]
+    manifest = packed.manifest
+    names: Sequence[str] = manifest["names"]
+    shapes: Sequence[str] = manifest["shapes"]
+    sizes = [math.prod(payload.parse_shape(text)) for text in shapes]
+    scales: Sequence[float] = manifest["scales"]
     parts = np.split(packed.flat, np.cumsum(sizes)[:-1])
     return {
         "tensors": [
-            [name, shape, float(f"{payload.norm(part):.6g}")]
-            for name, shape, part in zip(names, shapes, parts, strict=True)
+            [name, shape, float(f"{scale * payload.norm(part):.6g}")]
+            for name, shape, scale, part in zip(names, shapes, scales, parts, strict=True)
         ],
-        "dtype": packed.manifest["dtype"], "bytes": packed.flat.nbytes, "sha256": packed.manifest["sha256"],
+        "kind": manifest["kind"], "dtype": manifest["dtype"], "bytes": packed.flat.nbytes,
+        "sha256": manifest["sha256"],
     }  # fmt: skip

@@ -120,6 +120,29 @@ def test_half_precision_halves_the_bytes_and_the_server_keeps_fp32(finished, ima
     assert 0 < max(gaps) < 0.02
 
 
+def test_eight_bit_updates_quarter_the_bytes_up_and_resume_bit_for_bit(finished, images, tmp_path):
+    """Round 1 run again, as after a crash, feeds back nothing; round 2 what round 1 left over."""
+    told = ("federation.upload=delta_int8",)
+    serve(partitions(3), words(images, tmp_path / "out", *told))
+    full, small = rows(finished)[-1], rows(tmp_path / "out")[-1]
+    assert 0.25 <= small["bytes_up"] / full["bytes_up"] < 0.26
+    one, two = (checkpoint.read_round(f, 2).tensors for f in (finished, tmp_path / "out"))
+    gaps = [(one[n] - two[n]).abs().max() for n in one]
+    assert 0 < max(gaps) < 0.01
+    last = checkpoint.round_file(tmp_path / "out", 2)
+    before, folder = last.read_bytes(), tmp_path / "out"
+    for path in (last, last.with_suffix(".json")):
+        path.unlink()
+    serve(partitions(3), [f"resume={folder}"])
+    assert last.read_bytes() == before
+    for path in folder.glob("sites/*/state/*/residual_0001.safetensors"):
+        path.unlink()
+    for path in (last, last.with_suffix(".json")):
+        path.unlink()
+    serve(partitions(3), [f"resume={folder}"])
+    assert last.read_bytes() != before
+
+
 def test_the_proximal_weight_reaches_the_sites(finished, images, tmp_path):
     """FedProx aggregates like FedAvg: only its term at the sites makes another result."""
     told = ("federation.strategy=fedprox", "federation.proximal_mu=0.5")

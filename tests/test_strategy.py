@@ -235,7 +235,7 @@ def reply(flat=None, site="a", number=3, key=KEY, examples=12, dtype="fp32", **s
 
 
 def expectation(**changes):
-    usual = Expectation(3, KEY, SHAPES, "fp32", payload.norm(vectors(1)[0]), 10.0)
+    usual = Expectation(3, KEY, SHAPES, "fp32", "weights", vectors(1)[0], 10.0)
     return dataclasses.replace(usual, **changes)
 
 
