@@ -14,11 +14,10 @@ partition number and takes the site of that rank from the configured data.
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sparsecontrast.config import (
     Config,
@@ -32,8 +31,7 @@ from sparsecontrast.config import (
 )
 from sparsecontrast.errors import ConfigError, EmptySiteError, TooFewImagesError
 from sparsecontrast.overrides import key_of, without
-from sparsecontrast.ranges import INF, check_range
-from sparsecontrast.structure import build
+from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,27 +39,10 @@ if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
 
 OWN = ("data", "privacy", "site", "output_dir", "resume")  # the server's word on these is not heard
-PINNED = ("data", "privacy", "backbone")  # what a site's file may set
-_NAME = re.compile(r"(?!\.)[^\x00-\x1f/\\]{1,64}")
 # A worker serves many sites and rounds of one run: what they share is made once, one entry each.
 _datasets: dict[str, "Dataset"] = {}
 _names: dict[str, list[str]] = {}
 _composed = functools.lru_cache(maxsize=4)(compose)
-
-
-@dataclass(frozen=True)
-class EgressPolicy:
-    """What a site's file may say under ``egress``.
-
-    Attributes:
-        approve: ``auto``, or ``manual``: a person approves each round's weights.
-        wait_seconds: for that person.
-        max_norm_ratio: see ``payload.verify``.
-    """
-
-    approve: Literal["auto", "manual"] = "auto"
-    wait_seconds: float = 600.0
-    max_norm_ratio: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -163,25 +144,25 @@ def _own_site(path: Path, overrides: str) -> Site:
 
 @functools.lru_cache(maxsize=4)  # the app and the guard ask for the same site
 def _told_site(path: Path, text: str, overrides: str) -> Site:
-    told = _read_site_file(path, text)
+    told = parse_site_file(path, text)
     words = split_overrides(overrides)
     heard = compose(without(words, OWN))
     # by whatever spelling of an override it came
     asked = dataclasses.replace(heard.backbone, pretrained=False)
-    own = compose(told["overrides"])
-    pinned = any(key_of(word).split(".")[0] == "backbone" for word in told["overrides"])
-    state_dir = anchored(told["state_dir"])
+    own = compose(told.overrides)
+    pinned = any(key_of(word).split(".")[0] == "backbone" for word in told.overrides)
+    state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
         heard,
         backbone=own.backbone if pinned else asked,
         # the size is the model's need, everything else about the data is the site's
         data=dataclasses.replace(own.data, image_size=heard.data.image_size),
         privacy=own.privacy,
-        site=SiteConfig(told["name"], str(state_dir)),
+        site=SiteConfig(told.name, str(state_dir)),
         output_dir=str(state_dir),
     )
     check(config)  # parts that are in order by themselves may not fit each other
-    return Site(told["name"], config, state_dir, False, _unheard(words, heard), told["egress"])
+    return Site(told.name, config, state_dir, False, _unheard(words, heard), told.egress)
 
 
 def _unheard(words: Sequence[str], heard: Config) -> tuple[str, ...]:
@@ -190,29 +171,6 @@ def _unheard(words: Sequence[str], heard: Config) -> tuple[str, ...]:
     if heard.privacy.name != "none":
         keys.add("privacy")
     return tuple(sorted(keys))
-
-
-def _read_site_file(path: Path, text: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        told = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"site-config={path}: cannot be read as YAML ({error})") from error
-    needed, known = {"name", "state_dir"}, {"name", "state_dir", "overrides", "egress"}
-    if not isinstance(told, dict) or not needed <= set(told) <= known:
-        raise ConfigError(f"{path}: must hold the keys name and state_dir, and may hold overrides and egress")
-    words = told.get("overrides") or []
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{path}: overrides must be a list of key=value")
-    foreign = [word for word in words if key_of(word).split(".")[0] not in PINNED]
-    if foreign:
-        raise ConfigError(f"{path}: overrides {foreign}: a site sets {', '.join(PINNED)} only")
-    policy = build(EgressPolicy, told.get("egress") or {}, f"{path}: egress.")
-    check_range(f"{path}: egress.wait_seconds", policy.wait_seconds, (0, INF, "[)"))
-    check_range(f"{path}: egress.max_norm_ratio", policy.max_norm_ratio, (1, INF, "()"))
-    name = _checked_name(str(told["name"]))
-    return {"name": name, "state_dir": str(told["state_dir"]), "overrides": words, "egress": policy}
 
 
 def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
@@ -230,7 +188,7 @@ def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
             f"federation.sites={wanted}, partition-id {partition}: the data hold {len(names)} site(s): "
             f"{', '.join(names)}; set federation.sites={len(names)}"
         )
-    chosen = [_checked_name(names[rank]) for rank in ranks]
+    chosen = [checked_name(names[rank]) for rank in ranks]
     # one site.state_dir for all would mix their optimizers: each site has its own folder in it
     shared = anchored(config.site.state_dir) if config.site.state_dir else None
     folders = [shared / name if shared else site_state_dir(config, name) for name in chosen]
@@ -276,9 +234,3 @@ def _dataset(site: Site) -> "Dataset":
         _datasets.clear()
         _datasets[key] = load_dataset(config, cache_dir, state_dir, progress=False)
     return _datasets[key]
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"site name {name!r}: at most 64 characters, no slashes, no leading dot")
-    return name

@@ -1,0 +1,104 @@
+"""A hospital's own file, ``site.yaml``: who the site is, where it keeps what must last, what may leave.
+
+Keys: ``name``, ``state_dir`` (ledger, optimizer, projector, client.log), ``overrides`` (of data, privacy and
+backbone) and ``egress`` (``{approve: manual}``: a person looks at each release).
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sparsecontrast.errors import ConfigError
+from sparsecontrast.overrides import key_of
+from sparsecontrast.ranges import INF, check_range
+from sparsecontrast.structure import build
+
+PINNED = ("data", "privacy", "backbone")  # what a site's file may set
+_NAME = re.compile(r"(?!\.)[^\x00-\x1f/\\]{1,64}")
+
+
+@dataclass(frozen=True)
+class EgressPolicy:
+    """What a site's file may say under ``egress``.
+
+    Attributes:
+        approve: ``auto``, or ``manual``: a person approves each round's weights.
+        wait_seconds: for that person.
+        max_norm_ratio: see ``payload.verify``.
+    """
+
+    approve: Literal["auto", "manual"] = "auto"
+    wait_seconds: float = 600.0
+    max_norm_ratio: float = 10.0
+
+
+@dataclass(frozen=True)
+class SiteFile:
+    """What a site's file says, checked; overrides are not composed yet.
+
+    Attributes:
+        name: of the site, as the server will know it.
+        state_dir: as written; ``config.anchored`` makes it absolute.
+        overrides: of ``PINNED`` alone.
+        egress: how answers leave.
+    """
+
+    name: str
+    state_dir: str
+    overrides: list[str]
+    egress: EgressPolicy
+
+
+def parse_site_file(path: Path, text: str) -> SiteFile:
+    """Read the text of a site's file.
+
+    Args:
+        path: for messages.
+        text: YAML.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, or a value out of range.
+    """
+    import yaml
+
+    try:
+        told: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"site-config={path}: cannot be read as YAML ({error})") from error
+    needed, known = {"name", "state_dir"}, {"name", "state_dir", "overrides", "egress"}
+    if not isinstance(told, dict) or not needed <= set(told) <= known:
+        raise ConfigError(f"{path}: must hold the keys name and state_dir, and may hold overrides and egress")
+    words = told.get("overrides") or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{path}: overrides must be a list of key=value")
+    foreign = [word for word in words if key_of(word).split(".")[0] not in PINNED]
+    if foreign:
+        raise ConfigError(f"{path}: overrides {foreign}: a site sets {', '.join(PINNED)} only")
+    policy = build(EgressPolicy, told.get("egress") or {}, f"{path}: egress.")
+    check_range(f"{path}: egress.wait_seconds", policy.wait_seconds, (0, INF, "[)"))
+    check_range(f"{path}: egress.max_norm_ratio", policy.max_norm_ratio, (1, INF, "()"))
+    return SiteFile(checked_name(str(told["name"])), str(told["state_dir"]), words, policy)
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Read a site's file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not in order.
+    """
+    try:
+        return parse_site_file(path, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"site-config={path}: cannot be read ({error})") from error
+
+
+def checked_name(name: str) -> str:
+    """Return the name of a site.
+
+    Raises:
+        ConfigError: it could not be the name of a folder, or of a row in a table.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"site name {name!r}: at most 64 characters, no slashes, no leading dot")
+    return name
