@@ -1,4 +1,4 @@
-"""``sparsecontrast`` index | pretrain | evaluate | report | export | budget | egress | phantom.
+"""``sparsecontrast`` index | pretrain | evaluate | report | export | budget | egress | provision | phantom.
 
 Heavy imports happen inside the commands, so that ``--help`` answers at once. Every error a user can
 cause ends as one line on stderr and exit status 2. ``budget`` alone has one more: 3, nothing is wrong, but
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecontrast import site_commands
+from sparsecontrast import provision_commands, site_commands
 from sparsecontrast.errors import ConfigError, SparseContrastError, StorageError
 from sparsecontrast.terminal import print_table
 
@@ -202,6 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     site_commands.budget_options(_command(commands, "budget", site_commands.budget, text))
     text = "tell what left a site, prove it, and approve what waits"
     site_commands.egress_options(_command(commands, "egress", site_commands.egress, text))
+    text = "make certificates, keys and kits of a federation, and change them"
+    provision_commands.provision_options(_command(commands, "provision", provision_commands.provision, text))
 
     phantom = _command(commands, "phantom", _phantom, "draw a contact sheet of procedural radiographs")
     phantom.add_argument("--out", type=Path, required=True, metavar="FILE.png")

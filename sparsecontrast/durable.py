@@ -9,8 +9,13 @@ from pathlib import Path
 from sparsecontrast.errors import StorageError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace ``path`` by ``data``, or leave it as it was.
+
+    Args:
+        path: of the file.
+        data: all of it.
+        mode: of the file from its first byte on, less the umask; 0o600 keeps others out.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written; the old file is intact.
@@ -18,7 +23,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "wb") as file:
+        with open(scratch, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
