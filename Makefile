@@ -1,4 +1,4 @@
-# Five targets. `make simulate` and `make test` set everything up on a bare machine.
+# Six targets. Each sets everything up on a bare machine; `make simulate` and `make federation` are the ones to try.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED ?= 0
 export FLWR_DISABLE_UPDATE_CHECK ?= 1
 OUT ?= outputs/laptop
 
-.PHONY: setup simulate test lint bench
+.PHONY: setup simulate federation test lint bench
 
 setup: .venv/ready
 
@@ -21,6 +21,10 @@ setup: .venv/ready
 
 simulate: setup
 	$(BIN)/python -m simulation experiment=laptop output_dir=$(OUT) --fresh
+
+# a real one: TLS, registered nodes, processes of their own, all on loopback, all stopped at the end
+federation: setup
+	$(BIN)/python -m simulation.deploy --out outputs/federation --fresh
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

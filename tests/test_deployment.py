@@ -1,0 +1,138 @@
+"""A real federation of generated kits on loopback: a run, and who is turned away from it."""
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from simulation.deploy import Deployment
+from sparsecontrast import checkpoint
+from sparsecontrast.egress import EgressLog
+from sparsecontrast.provision import change
+from sparsecontrast.provision.authority import new_authority, site_key
+from tests.federations import MODEL, rows
+from tests.fronts import passing_on, write_pem
+
+pytestmark = pytest.mark.e2e
+RUNNING = ("north", "south", "west")
+LET_IN = "SuperNode ID"  # what a node says once the SuperLink knows it
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """Three running sites, and east, which is registered and not started."""
+    folder = tmp_path_factory.mktemp("deployment")
+    with Deployment(folder, (*RUNNING, "east"), patients=8) as running:
+        running.provision()
+        running.start(RUNNING)
+        yield running
+    assert not running.processes()
+
+
+def said(federation, name):
+    return federation.log(name).read_text(errors="replace")
+
+
+def kit_of(federation, site, name, **settings):
+    """Copy a site's kit, with other settings, under another name."""
+    kit = shutil.copytree(federation.kits.site(site), federation.folder / "strangers" / name)
+    text = (kit / "settings.env").read_text()
+    for key, value in settings.items():
+        text = re.sub(rf"(?m)^{key}=.*$", f"{key}={value}", text)
+    (kit / "settings.env").write_text(text)
+    return kit
+
+
+def test_a_run_of_three_hospitals_completes_and_every_answer_is_logged(federation):
+    words = (*MODEL, "federation.sites=3", "federation.rounds=1", "federation.min_sites=3")
+    assert federation.run(words) == "finished:completed"
+    run = federation.folder / "run"
+    assert checkpoint.latest(run) == 1
+    assert [r["contributors"] for r in rows(run) if r["site"] is None] == [sorted(RUNNING)]
+    for name in RUNNING:
+        log = EgressLog(federation.folder / "states" / name).rows()
+        assert [(r.kind, r.content["status"]) for r in log] == [("hello", "ok"), ("train", "ok")]
+
+
+def test_strangers_are_refused_each_for_its_own_reason(federation):
+    """The node that all of them copy gets in, by the same way, with a certificate as it should be."""
+    folder, authority = federation.folder, federation.kits.authority()
+    upstream = federation.plan.server.bind
+    long_ago = datetime.now(UTC) - timedelta(days=60)
+    pems = {
+        "in order": write_pem(folder / "good.pem", authority),
+        "wrong name": write_pem(folder / "name.pem", authority, names=("fl.example.org", "127.0.0.2")),
+        "expired": write_pem(folder / "expired.pem", authority, days=30, now=long_ago),
+        "wrong authority": write_pem(folder / "other.pem", new_authority("loopback", 30)),
+    }
+    with contextlib.ExitStack() as stack:
+        fronts = {kind: stack.enter_context(passing_on(pem, upstream)) for kind, pem in pems.items()}
+        kits = {kind: kit_of(federation, "east", kind, SUPERLINK=at) for kind, at in fronts.items()}
+        kits["unregistered key"] = kit_of(federation, "east", "unregistered key")
+        (kits["unregistered key"] / "node.key").write_bytes(site_key("east")[0])
+        kits["plain HTTP"] = kit_of(federation, "east", "plain HTTP")
+        script = kits["plain HTTP"] / "supernode.sh"
+        keys = "--root-certificates ca.crt \\\n    --auth-supernode-private-key node.key"
+        assert keys in script.read_text()
+        script.write_text(script.read_text().replace(keys, "--insecure --max-wait-time 3"))
+        kits["plain HTTP, with the key"] = kit_of(federation, "east", "plain HTTP, with the key")
+        script = kits["plain HTTP, with the key"] / "supernode.sh"
+        script.write_text(script.read_text().replace("--root-certificates ca.crt", "--insecure"))
+        codes = {kind: outcome(federation, kind, kit) for kind, kit in kits.items()}
+    let_in = [kind for kind, code in codes.items() if code == LET_IN]
+    assert let_in == ["in order"]
+    assert len(codes) == 7 and all(code not in (0, None) for code in codes.values()), codes
+    for kind in ("wrong name", "expired", "wrong authority"):
+        assert "certificate" in said(federation, kind).lower(), said(federation, kind)
+
+
+def test_a_revoked_site_is_turned_away_at_once_and_for_good(federation):
+    west = federation.started["west"]
+    assert LET_IN in said(federation, "west") and west.poll() is None
+    change.revoke(federation.kits.root, "west")
+    federation.tell("register.sh")
+    west.wait(90)
+    shutil.copytree(
+        federation.kits.root / "sites" / ".revoked-west", federation.folder / "strangers" / "west"
+    )
+    assert outcome(federation, "again", federation.folder / "strangers" / "west") not in (0, LET_IN, None)
+    # a new key lets the hospital in again
+    change.rotate_site(federation.kits.root, "east")
+    federation.tell("register.sh")
+    assert outcome(federation, "rotated", federation.kits.site("east")) == LET_IN
+
+
+def test_a_deployment_that_is_interrupted_leaves_no_process(tmp_path):
+    code = (
+        "import sys, pathlib; from simulation.deploy import Deployment, main\n"
+        "def tell(self, *a, **k):\n"
+        "    pathlib.Path(sys.argv[1], 'mark').write_text(self.mark)\n"
+        "    raise KeyboardInterrupt\n"
+        "Deployment.tell = tell\n"
+        "sys.exit(main(['--out', sys.argv[1] + '/out']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 130, done.stderr
+    left = Deployment(tmp_path)
+    left.mark = (tmp_path / "mark").read_text()
+    assert "Uvicorn running" in (tmp_path / "out" / "superlink.log").read_text()
+    assert not left.processes()
+
+
+def outcome(federation, name, kit):
+    """Start a kit: LET_IN where the SuperLink knew it, and it is stopped then; else its exit status."""
+    process = federation.launch(name, kit / "supernode.sh")
+    for _ in range(900):
+        if LET_IN in said(federation, name):
+            federation.end_one(name)
+            return LET_IN
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            return LET_IN if LET_IN in said(federation, name) else process.returncode
+    return None
