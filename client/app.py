@@ -21,6 +21,7 @@ from client.log import note
 from sparsecontrast.errors import (
     BackboneMismatchError,
     ConfigError,
+    OutOfMemoryError,
     PayloadError,
     SparseContrastError,
 )
@@ -117,12 +118,23 @@ def _answer(
                 note(folder, f"refused from the server, this site's own file decides: {sites[0].unheard}")
         content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
-        code = error.code if isinstance(error, SparseContrastError) else "internal"
+        code = _code(error)
         if (folder := folder or log_folder(context.node_config, overrides)) is not None:
             note(folder, f"{code}\n{traceback.format_exc()}")
         status: dict[str, Any] = {"status": "error", "code": code, "site": name}
         content = RecordDict({"status": ConfigRecord(status)})
     return Message(content, reply_to=message)
+
+
+def _code(error: Exception) -> str:
+    """Name what went wrong in a word that may travel."""
+    if isinstance(error, SparseContrastError):
+        return error.code
+    # torch's allocators raise RuntimeErrors of their own
+    full = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+    )
+    return OutOfMemoryError.code if full else "internal"
 
 
 def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:

@@ -21,6 +21,10 @@
     │   └── EgressError                 egress          what would leave may not, or its log is broken
     │       └── HeldError               held            a release that nobody at the site approved
     ├── PayloadError                    payload_*       what arrived may not be aggregated
+    ├── LimitError                      limit           the site's own limits, see client/sentinel.py
+    │   ├── OvertimeError               overtime        an answer that took longer than the site allows
+    │   ├── OutOfMemoryError            out_of_memory   more memory than there is, or than the site allows
+    │   └── AppRefusedError             app_refused     an app that the site does not run
     ├── StorageError                    storage         full disk, read-only folder
     │   └── CheckpointError             checkpoint      torn, foreign or missing round file
     ├── FederationError                 federation
@@ -167,6 +171,30 @@ class PayloadError(SparseContrastError):
         super().__init__(message)
         self.reason = reason
         self.code = f"payload_{reason}"
+
+
+class LimitError(SparseContrastError):
+    """A site's own limits do not allow it."""
+
+    code = "limit"
+
+
+class OvertimeError(LimitError):
+    """An answer took longer than the site allows."""
+
+    code = "overtime"
+
+
+class OutOfMemoryError(LimitError):
+    """An answer needs more memory than there is, or than the site allows."""
+
+    code = "out_of_memory"
+
+
+class AppRefusedError(LimitError):
+    """The server's app is none that this site runs."""
+
+    code = "app_refused"
 
 
 class StorageError(SparseContrastError):

@@ -1,7 +1,8 @@
 """A hospital's own file, ``site.yaml``: who the site is, where it keeps what must last, what may leave.
 
 Keys: ``name``, ``state_dir`` (ledger, optimizer, projector, client.log), ``overrides`` (of data, privacy and
-backbone) and ``egress`` (``{approve: manual}``: a person looks at each release).
+backbone), ``egress`` (``{approve: manual}``: a person looks at each release), and what ``client/sentinel.py``
+holds to: ``app`` (``installed``, or digests of the bundles that may run) and ``limits`` (of an answer).
 """
 
 import re
@@ -15,6 +16,7 @@ from sparsecontrast.ranges import INF, check_range
 from sparsecontrast.structure import build
 
 PINNED = ("data", "privacy", "backbone")  # what a site's file may set
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?!\.)[^\x00-\x1f/\\]{1,64}")
 
 
@@ -34,6 +36,19 @@ class EgressPolicy:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What one answer may take, under ``limits``.
+
+    Attributes:
+        seconds: wall clock, the wait for a person's approval included.
+        memory_gib: of the process; None for no limit.
+    """
+
+    seconds: float = 86400.0
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
 class SiteFile:
     """What a site's file says, checked; overrides are not composed yet.
 
@@ -42,12 +57,16 @@ class SiteFile:
         state_dir: as written; ``config.anchored`` makes it absolute.
         overrides: of ``PINNED`` alone.
         egress: how answers leave.
+        limits: of time and memory.
+        app: ``installed``, or the SHA-256 of each bundle that may run.
     """
 
     name: str
     state_dir: str
     overrides: list[str]
     egress: EgressPolicy
+    limits: Limits = Limits()
+    app: Literal["installed"] | tuple[str, ...] = "installed"
 
 
 def parse_site_file(path: Path, text: str) -> SiteFile:
@@ -66,9 +85,11 @@ def parse_site_file(path: Path, text: str) -> SiteFile:
         told: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"site-config={path}: cannot be read as YAML ({error})") from error
-    needed, known = {"name", "state_dir"}, {"name", "state_dir", "overrides", "egress"}
-    if not isinstance(told, dict) or not needed <= set(told) <= known:
-        raise ConfigError(f"{path}: must hold the keys name and state_dir, and may hold overrides and egress")
+    needed, more = {"name", "state_dir"}, {"overrides", "egress", "limits", "app"}
+    if not isinstance(told, dict) or not needed <= set(told) <= needed | more:
+        raise ConfigError(
+            f"{path}: must hold the keys name and state_dir, and may hold {', '.join(sorted(more))}"
+        )
     words = told.get("overrides") or []
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ConfigError(f"{path}: overrides must be a list of key=value")
@@ -78,7 +99,22 @@ def parse_site_file(path: Path, text: str) -> SiteFile:
     policy = build(EgressPolicy, told.get("egress") or {}, f"{path}: egress.")
     check_range(f"{path}: egress.wait_seconds", policy.wait_seconds, (0, INF, "[)"))
     check_range(f"{path}: egress.max_norm_ratio", policy.max_norm_ratio, (1, INF, "()"))
-    return SiteFile(checked_name(str(told["name"])), str(told["state_dir"]), words, policy)
+    limits = build(Limits, told.get("limits") or {}, f"{path}: limits.")
+    check_range(f"{path}: limits.seconds", limits.seconds, (0, INF, "()"))
+    if limits.memory_gib is not None:
+        check_range(f"{path}: limits.memory_gib", limits.memory_gib, (0, INF, "()"))
+    name, state_dir = checked_name(str(told["name"])), str(told["state_dir"])
+    return SiteFile(name, state_dir, words, policy, limits, _app(path, told.get("app", "installed")))
+
+
+def _app(path: Path, told: Any) -> Any:
+    if told == "installed":
+        return told
+    if not isinstance(told, list) or not told or not all(_SHA256.fullmatch(str(one)) for one in told):
+        raise ConfigError(
+            f"{path}: app must be installed, or a list of SHA-256 digests of 64 hexadecimal digits"
+        )
+    return tuple(told)
 
 
 def read_site_file(path: Path) -> SiteFile:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from simulation.deploy import Deployment
+from simulation.deploy import ROOT, Deployment
 from sparsecontrast import checkpoint
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.provision import change
@@ -56,6 +56,28 @@ def test_a_run_of_three_hospitals_completes_and_every_answer_is_logged(federatio
     for name in RUNNING:
         log = EgressLog(federation.folder / "states" / name).rows()
         assert [(r.kind, r.content["status"]) for r in log] == [("hello", "ok"), ("train", "ok")]
+
+
+def test_a_site_runs_the_bundles_that_it_names_and_no_other(federation):
+    """By default the bundle is not even unpacked: see test_sentinel.py."""
+    file = federation.kits.site("west") / "site.yaml"
+    before, states = file.read_text(), federation.folder / "states"
+    words = [*MODEL, "federation.sites=3", "federation.rounds=1", "federation.min_sites=2"]
+
+    def contributors(name):
+        assert federation.run([*words, f"output_dir='{federation.folder / name}'"]) == "finished:completed"
+        return [r["contributors"] for r in rows(federation.folder / name) if r["site"] is None]
+
+    file.write_text(f"{before}\napp: ['{64 * 'a'}']\n")
+    assert contributors("refused") == [["north", "south"]]
+    told = (states / "west" / "client.log").read_text()
+    assert "refused: the server's app has the digest" in told
+    digest = [sys.executable, "-m", "client.sentinel", "digest", str(ROOT)]
+    found = subprocess.run(digest, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.strip() in told
+    file.write_text(f"{before}\napp: ['{found.stdout.strip()}']\n")
+    assert contributors("named") == [sorted(RUNNING)]
+    file.write_text(before)
 
 
 def test_strangers_are_refused_each_for_its_own_reason(federation):

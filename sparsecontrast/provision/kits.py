@@ -109,6 +109,7 @@ def write_site(plan: Plan, site: PlannedSite, authority: Authority, kit: Path, k
     _write(kit, "settings.env", "settings.site", more)
     _write(kit, "environment.sh", "environment.sh", more | {"command": "flower-supernode"})
     _write(kit, "supernode.sh", "supernode.sh", more)
+    _write(kit, "bin/flwr-clientapp", "flwr-clientapp", more)
     _write(kit, "health.sh", "health.site", more)
     _write(kit, "site.yaml", "site.yaml", more | {"body": site_yaml(site).rstrip()})
     unit = {"what": f"site {site.name}", "script": "supernode.sh"}
@@ -180,5 +181,6 @@ def _write(folder: Path, name: str, template: str, more: dict[str, Any]) -> None
         autoescape=False,
     )
     text = templates.get_template(f"{template}.j2").render(more)
-    mode = PROGRAM if name.endswith(".sh") and name != "environment.sh" else 0o644
+    program = name.startswith("bin/") or (name.endswith(".sh") and name != "environment.sh")
+    mode = PROGRAM if program else 0o644
     write_bytes(folder / name, text.encode(), mode)

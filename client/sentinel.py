@@ -1,0 +1,134 @@
+"""``flwr-clientapp`` as a hospital starts it: the site's own limits around whatever app is run.
+
+A SuperNode starts a process of this name for every message. In the kit of a site it is this file, of the
+version that the hospital itself installed (``python -P -m client.sentinel``). Before anything of the server's
+bundle is touched, it holds to what ``site.yaml`` says:
+
+- ``app: installed`` runs the installed ClientApp; the bundle is not even unpacked. ``app: [SHA256, ...]``
+  runs bundles with these digests alone; ``python -m client.sentinel digest FOLDER`` tells the digest of an
+  app's folder that was read and approved.
+- ``limits.seconds`` ends an answer that takes longer, hung or not; ``limits.memory_gib`` bounds the process.
+- No text of an exception leaves, not even of one that Flower itself catches.
+
+What is here holds for Flower 1.41; ``tests/test_sentinel.py`` fails if Flower's process is built otherwise.
+"""
+
+import hashlib
+import importlib
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from client.log import note
+from sparsecontrast.config import anchored
+from sparsecontrast.errors import AppRefusedError
+from sparsecontrast.site_file import SiteFile, read_site_file
+
+VARIABLE = "SPARSECONTRAST_SITE"  # names the site's file
+GRACE_SECONDS = 30.0  # between the exception in the app and the end of a process that does not hear it
+OURS = ("client", "server", "sparsecontrast", "simulation")
+
+
+def main() -> None:
+    """Answer one message under the site's limits; the arguments are those of Flower's program."""
+    site = read_site_file(Path(os.environ[VARIABLE]))
+    folder = anchored(site.state_dir)
+    limit_memory(site.limits.memory_gib)
+    watch(site.limits.seconds, folder)
+    runtime = importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    put_around(runtime, site, folder)
+    importlib.import_module("flwr.supernode.cli.flwr_clientapp").flwr_clientapp()
+
+
+def limit_memory(gib: float | None) -> None:
+    """Let this process allocate no more than ``gib`` GiB; beyond, an allocation fails and can be answered."""
+    if gib is not None:
+        most = int(gib * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def watch(seconds: float, folder: Path, grace: float = GRACE_SECONDS) -> None:
+    """Raise ``OvertimeError`` in the main thread after ``seconds``; end the process where that is not heard.
+
+    Args:
+        seconds: from now.
+        folder: of the site's log.
+        grace: seconds from the exception to the end.
+    """
+
+    def overtime(*_: Any) -> NoReturn:
+        from sparsecontrast.errors import OvertimeError  # of the app that runs now: a bundle brings its own
+
+        raise OvertimeError(f"no answer within limits.seconds={seconds:g} of the site's file")
+
+    def end() -> None:
+        note(folder, f"ended: hung, {grace:g} s after limits.seconds={seconds:g}")
+        os._exit(1)
+
+    signal.signal(signal.SIGALRM, overtime)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    last = threading.Timer(seconds + grace, end)
+    last.daemon = True
+    last.start()
+
+
+def put_around(runtime: Any, site: SiteFile, folder: Path) -> None:
+    """Replace what Flower's process installs, loads and tells.
+
+    Args:
+        runtime: the module ``flwr.supernode.runtime.run_clientapp``.
+        site: what the site's file says.
+        folder: of the site's log.
+    """
+    install, error = runtime.install_from_fab, runtime.Error
+    if site.app == "installed":
+        runtime.install_from_fab = lambda *_, **__: None
+        runtime.get_load_client_app_fn = lambda **_: _installed_app
+    else:
+        runtime.install_from_fab = _checked(install, site.app, folder)
+
+    def silent(code: int, reason: str | None = None) -> Any:
+        note(folder, f"flower error {code}: {reason}")
+        return error(code, "see client.log at the site")
+
+    runtime.Error = silent
+
+
+def digest(folder: Path) -> str:
+    """Return the SHA-256 of the bundle that Flower makes of an app's folder."""
+    build = importlib.import_module("flwr.cli.build")
+    return hashlib.sha256(build.build_fab_from_disk(folder)).hexdigest()
+
+
+def _checked(install: Callable[..., Any], known: tuple[str, ...], folder: Path) -> Callable[..., Any]:
+    def checked(bundle: bytes, *rest: Any, **more: Any) -> Any:
+        found = hashlib.sha256(bundle).hexdigest()
+        if found not in known:
+            note(
+                folder,
+                f"refused: the server's app has the digest {found}, which the site's file does not name",
+            )
+            raise AppRefusedError("the app is none that this site runs")
+        for name in [n for n in sys.modules if n.split(".")[0] in OURS]:
+            del sys.modules[name]  # the bundle's own are loaded, not the installed ones
+        return install(bundle, *rest, **more)
+
+    return checked
+
+
+def _installed_app(*_: Any) -> Any:
+    from client.app import app
+
+    return app
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["digest"] and len(sys.argv) == 3:
+        print(digest(Path(sys.argv[2])))
+    else:
+        main()
