@@ -1,8 +1,8 @@
-"""``sparsecontrast`` index | pretrain | evaluate | report | export | budget | egress | provision | phantom.
+"""The command line: ``sparsecontrast`` index, pretrain, evaluate, report, export, budget, egress, and so on.
 
 Heavy imports happen inside the commands, so that ``--help`` answers at once. Every error a user can
-cause ends as one line on stderr and exit status 2. ``budget`` alone has one more: 3, nothing is wrong, but
-what is left does not pay for another round.
+cause ends as one line on stderr and exit status 2. ``budget`` has one more: 3, nothing is wrong, but what is
+left does not pay for another round; ``doctor`` ends with 1 where it found a fault.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SHEET_PIXELS = 80_000_000  # above 89 million Pillow takes a picture for a bomb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its status: 0, 2 a user's error, 3 no budget left, 130 interrupted."""
+    """Run the command line; returns 0, 1 a fault found, 2 a user's error, 3 no budget, 130 interrupted."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     # overrides may also stand after an option, where argparse no longer expects them
@@ -202,6 +202,8 @@ def _parser() -> argparse.ArgumentParser:
     site_commands.budget_options(_command(commands, "budget", site_commands.budget, text))
     text = "tell what left a site, prove it, and approve what waits"
     site_commands.egress_options(_command(commands, "egress", site_commands.egress, text))
+    text = "check a site before its first run"
+    site_commands.doctor_options(_command(commands, "doctor", site_commands.doctor, text))
     text = "make certificates, keys and kits of a federation, and change them"
     provision_commands.provision_options(_command(commands, "provision", provision_commands.provision, text))
 

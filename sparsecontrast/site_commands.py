@@ -1,4 +1,4 @@
-"""``sparsecontrast budget`` and ``sparsecontrast egress``: what a site spent, and what left it."""
+"""What a site runs: ``sparsecontrast budget`` (spent), ``egress`` (what left it), ``doctor`` (is it fit?)."""
 
 import argparse
 import json
@@ -42,6 +42,23 @@ def egress_options(egress: argparse.ArgumentParser) -> None:
     egress.add_argument("folder", type=Path, metavar="FOLDER", help="a site's state_dir")
     egress.add_argument("release", nargs="?", metavar="RELEASE", help="of approve and deny")
     egress.add_argument("--noted", metavar="ROW:HASH", help="verify: and that this row is still there")
+
+
+def doctor_options(doctor: argparse.ArgumentParser) -> None:
+    """Add the options of ``doctor``."""
+    doctor.add_argument("--site", type=Path, required=True, metavar="SITE.YAML", help="of the site's kit")
+    doctor.epilog = "Run it as the user who runs the node. Exit status: 1 where a line says FAIL."
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Run ``doctor``; returns 1 where something failed."""
+    from sparsecontrast.doctor.examine import examine
+
+    failed = 0
+    for finding in examine(options.site):
+        failed += finding.level == "FAIL"
+        print(finding, flush=True)
+    return 1 if failed else 0
 
 
 def budget(options: argparse.Namespace) -> int:

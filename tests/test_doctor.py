@@ -1,0 +1,354 @@
+"""The doctor: each fault, injected for real, has its line; and no line tells of a patient."""
+
+import re
+import shutil
+import stat
+from collections import namedtuple
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from PIL import Image
+
+from sparsecontrast.cli import main
+from sparsecontrast.doctor import images, machine, server, state
+from sparsecontrast.doctor.finding import guarded
+from sparsecontrast.egress import EgressLog
+from sparsecontrast.provision.authority import new_authority
+from sparsecontrast.provision.kits import provision
+from sparsecontrast.provision.plan import read_plan
+from tests.dicom_files import write_dicom
+from tests.fronts import answering, write_pem
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """Kits of one site on phantoms; no test changes them."""
+    folder = tmp_path_factory.mktemp("doctor")
+    told = {
+        "federation": "ward",
+        "server": {"address": "127.0.0.1:9092", "bind": "127.0.0.1:9092"},
+        "sites": [
+            {
+                "name": "north", "state_dir": str(folder / "state"),
+                "overrides": ["data=phantom", "data.phantom.sites=1", "data.phantom.patients_per_site=12",
+                              "data.min_images=2"],
+            }
+        ],
+    }  # fmt: skip
+    (folder / "sites.yaml").write_text(yaml.safe_dump(told))
+    return provision(read_plan(folder / "sites.yaml"), b"", folder / "federation")
+
+
+@pytest.fixture
+def kit(federation, tmp_path, monkeypatch):
+    """A copy of the site's kit with a state folder of its own, on a machine with room."""
+    copy = shutil.copytree(federation.site("north"), tmp_path / "kit")
+    text = (copy / "site.yaml").read_text()
+    (copy / "site.yaml").write_text(re.sub(r"state_dir: /.*", f"state_dir: {tmp_path / 'state'}", text))
+    (tmp_path / "meminfo").write_text("MemAvailable:   16000000 kB\n")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    give(monkeypatch, free=50 * GIB)
+    return copy
+
+
+def give(monkeypatch, free):
+    usage = namedtuple("usage", "total used free")(100 * GIB, 0, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def at(kit, address, **site):
+    """Point a kit at a server, and change its site.yaml."""
+    text = (kit / "settings.env").read_text()
+    (kit / "settings.env").write_text(re.sub(r"(?m)^SUPERLINK=.*$", f"SUPERLINK={address}", text))
+    if site:
+        told = yaml.safe_load((kit / "site.yaml").read_text()) | site
+        (kit / "site.yaml").write_text(yaml.safe_dump(told))
+    return kit / "site.yaml"
+
+
+def lines(findings):
+    return {(f.name, f.level) for f in findings}
+
+
+def of(findings, name):
+    (found,) = [f for f in findings if f.name == name]
+    return found
+
+
+def test_a_site_in_order_has_no_fault_and_tells_of_no_patient(federation, kit, tmp_path, capsys):
+    with answering(federation.server / "server.pem") as address:
+        code = main(["doctor", "--site", str(at(kit, address))])
+    told = capsys.readouterr().out
+    assert code == 0, told
+    assert [line.split()[0] for line in told.splitlines()] == ["ok"] * len(told.splitlines()), told
+    names = [line.split()[1] for line in told.splitlines()]
+    first = ["python", "packages", "memory", "gpu", "key", "tls", "server", "tls", "clock"]
+    assert names == [*first, "site", "disk", "data", "quarantine", "pixels", "ledger", "egress"]
+    assert "phantom:" not in told and not re.search(r"[0-9a-f]{16}", told)
+    sheet = tmp_path / "state" / images.SHEET
+    assert stat.S_IMODE(sheet.stat().st_mode) == 0o600
+    with Image.open(sheet) as picture:
+        assert picture.size[0] == images.COLUMNS * images.SIDE and np.asarray(picture).std() > 20
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "says"),
+    [
+        ("down", "server", "is the server up"),
+        ("answers 503", "server", "answered 503"),
+        ("plain HTTP", "tls", "does not speak TLS"),
+        ("expired", "tls", "has expired.*rotate server"),
+        ("not yet valid", "tls", "not yet valid"),
+        ("wrong name", "tls", "other names.*server.names"),
+        ("wrong authority", "tls", "another authority.*SHA-256"),
+    ],
+)
+def test_each_fault_of_the_server_is_told_apart(federation, kit, tmp_path, fault, name, says):
+    authority, now = federation.authority(), datetime.now(UTC)
+    pem = tmp_path / "server.pem"
+    if fault == "expired":
+        write_pem(pem, authority, days=10, now=now - timedelta(days=11))
+    elif fault == "not yet valid":
+        write_pem(pem, authority, now=now + timedelta(days=2))
+    elif fault == "wrong name":
+        write_pem(pem, authority, names=("localhost", "127.0.0.2"))
+    elif fault == "wrong authority":
+        write_pem(pem, new_authority("ward", 30))
+    else:
+        write_pem(pem, authority)
+    with answering(None if fault == "plain HTTP" else pem, 503 if "503" in fault else 200) as address:
+        at(kit, "127.0.0.1:1" if fault == "down" else address)
+        found = list(server.server(kit))
+    wrong = [f for f in found if f.level != "ok"]
+    assert [(f.level, f.name) for f in wrong] == [("FAIL", name)]
+    assert re.search(says, str(wrong[0])), wrong[0]
+
+
+def test_a_certificate_that_ends_soon_is_a_warning(federation, kit, tmp_path):
+    with answering(write_pem(tmp_path / "soon.pem", federation.authority(), days=20)) as address:
+        at(kit, address)
+        found = list(server.server(kit))
+    assert [f.name for f in found if f.level == "warn"] == ["tls"]
+    assert not [f for f in found if f.level == "FAIL"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "level", "says"),
+    [
+        (0, "ok", ""),
+        (-60, "FAIL", "ahead of"),
+        (60, "warn", "behind"),
+        (400, "FAIL", "behind"),
+        (-4, "warn", "ahead"),
+    ],
+)
+def test_a_clock_that_the_server_would_not_believe_is_a_fault(federation, kit, seconds, level, says):
+    with answering(federation.server / "server.pem", seconds=seconds) as address:
+        at(kit, address)
+        found = of(list(server.server(kit)), "clock")
+    assert found.level == level and says in found.what
+
+
+@pytest.mark.parametrize("fault", ["missing", "readable", "torn", "rsa"])
+def test_a_node_key_that_would_not_do_is_a_fault(kit, fault):
+    key = kit / "node.key"
+    if fault == "missing":
+        key.unlink()
+    elif fault == "readable":
+        key.chmod(0o640)
+    elif fault == "torn":
+        key.write_bytes(key.read_bytes()[:100])
+    else:
+        other = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        key.write_bytes(
+            other.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+            )
+        )
+    at(kit, "127.0.0.1:1")
+    found = of(list(server.server(kit)), "key")
+    assert found.level == "FAIL" and found.remedy
+
+
+@pytest.mark.parametrize("name", ["settings.env", "ca.crt"])
+def test_a_kit_that_lacks_a_file_is_a_fault_and_not_a_crash(kit, name):
+    (kit / name).unlink()
+    found = guarded("server", lambda: server.server(kit))
+    assert any(f.level == "FAIL" and name in str(f) for f in found)
+    assert "ended with" not in "".join(map(str, found))
+
+
+@pytest.mark.parametrize(("free", "level"), [(50, "ok"), (5, "warn"), (1, "FAIL")])
+def test_a_disk_without_room_is_told(tmp_path, monkeypatch, free, level):
+    give(monkeypatch, free * GIB)
+    (found,) = machine.disk(tmp_path / "not" / "there" / "yet")
+    assert found.level == level and f"{free}.0 GiB" in found.what
+
+
+@pytest.mark.parametrize(("kib", "level"), [(16_000_000, "ok"), (3_000_000, "warn"), (900_000, "FAIL")])
+def test_little_memory_is_told(tmp_path, monkeypatch, kib, level):
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {kib} kB\n")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    assert [f.level for f in machine.memory()] == [level]
+
+
+def test_packages_and_python_that_do_not_fit_are_named(monkeypatch):
+    needs = ["numpy>=1", "torch>=999", "no-such-package-at-all", "neither; extra == 'x'", "flower"]
+    monkeypatch.setattr(machine.metadata, "requires", lambda _: needs[:-1])
+    monkeypatch.setattr(machine, "PROGRAMS", ("flower-supernode", "flower-nothing"))
+    (found,) = machine.packages()
+    assert found.level == "FAIL" and "torch is " in found.what and ">=999" in found.what
+    assert "no-such-package-at-all is missing" in found.what and "flower-nothing is missing" in found.what
+    assert "numpy" not in found.what and "neither" not in found.what and "supernode" not in found.what
+    monkeypatch.setattr(machine, "PYTHON", (99, 0))
+    assert [f.level for f in machine.python()] == ["FAIL"]
+
+
+def dicom_site(folder, good, broken):
+    """A DICOM folder whose files are named after a patient, some of them torn."""
+    from sparsecontrast.config import compose
+    from sparsecontrast.overrides import assign
+
+    folder.mkdir()
+    pixels = np.random.Generator(np.random.PCG64(0)).integers(0, 4096, (40, 40)).astype(np.uint16)
+    for i in range(good + broken):
+        path = folder / f"DOE^JANE-{i}.dcm"
+        write_dicom(path, pixels, PatientID=f"JANE{i}", StudyInstanceUID=f"1.2.{i}", PatientName="DOE^JANE")
+        if i >= good:
+            path.write_bytes(path.read_bytes()[:200])
+    words = [
+        "data=dicom",
+        assign("data.root", folder),
+        "data.min_images=2",
+        "data.val_fraction=0.01",
+        "data.test_fraction=0.01",
+    ]
+    return compose(words)
+
+
+@pytest.mark.parametrize(("good", "broken", "level"), [(6, 0, "ok"), (6, 2, "warn"), (3, 6, "FAIL")])
+def test_a_folder_of_broken_files_is_told_by_its_share(tmp_path, good, broken, level):
+    found = list(images.images(dicom_site(tmp_path / "in", good, broken), tmp_path / "state"))
+    line = of(found, "quarantine")
+    assert line.level == level and f"{broken} of {good + broken} " in line.what
+    assert of(found, "data").what.startswith(f"{good} images of {good} patients")
+    assert not re.search("DOE|JANE", "".join(map(str, found)))
+
+
+def test_data_that_are_not_there_or_too_few_are_a_fault_without_a_path(tmp_path):
+    import dataclasses
+
+    config = dicom_site(tmp_path / "DOE^JANE", 3, 0)
+    few = dataclasses.replace(config, data=dataclasses.replace(config.data, min_images=50))
+    assert of(list(images.images(few, tmp_path / "state")), "data").level == "FAIL"
+    shutil.rmtree(tmp_path / "DOE^JANE")
+    found = list(images.images(config, tmp_path / "other"))
+    assert [(f.level, f.name) for f in found] == [("FAIL", "data")]
+    assert "data_missing" in found[0].what and "DOE" not in str(found[0])
+
+
+@pytest.mark.parametrize(
+    ("fault", "count", "level"),
+    [
+        ("uniform", 2, "warn"),
+        ("uniform", 5, "FAIL"),
+        ("clipped", 2, "warn"),
+        ("broken", 5, "FAIL"),
+        ("", 0, "ok"),
+    ],
+)
+def test_strange_pixels_are_counted_and_shown(tmp_path, fault, count, level):
+    import pandas as pd
+
+    generator = np.random.Generator(np.random.PCG64(1))
+    paths = []
+    for i in range(8):
+        pixels = generator.integers(1, 255, (64, 64))
+        if i < count and fault == "uniform":
+            pixels = 100 + pixels % 2
+        elif i < count and fault == "clipped":
+            pixels = np.where(pixels > 100, 255, 0)
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        if i < count and fault == "broken":
+            path.write_bytes(b"no image")
+        paths.append(str(path))
+    found = images._pixels(pd.DataFrame({"path": paths}), tmp_path / "sheet.png")
+    assert found.level == level and f"8 looked at, {count} strange" in found.what
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        framed = (np.asarray(sheet)[0, :: images.SIDE][:6] == (255, 60, 60)).all(axis=1)
+    assert framed.sum() == min(count, 6)
+
+
+def site_config(privacy="none"):
+    from sparsecontrast.config import compose
+
+    return compose(
+        ["data=phantom", f"privacy={privacy}"] + (["method=patch_contrast"] if privacy != "none" else [])
+    )
+
+
+def test_a_ledger_is_proved_whole_and_a_torn_one_is_a_fault(tmp_path):
+    from tests.ledgers import CHARGE, COHORT, budget, charged
+
+    config = site_config()
+    assert of(list(state.ledger(config, tmp_path / "none")), "ledger").level == "ok"
+    assert of(list(state.ledger(site_config("dp_sgd"), tmp_path / "none")), "ledger").level == "ok"
+    ledger = charged(tmp_path / "site")
+    found = of(list(state.ledger(config, tmp_path / "site")), "ledger")
+    assert found.level == "ok" and "7 rows" in found.what
+    ledger.reserve("first", 6, COHORT, budget(6), CHARGE)
+    found = of(list(state.ledger(config, tmp_path / "site")), "ledger")
+    assert found.level == "warn" and "no further round fits" in found.what
+    data = bytearray(ledger.path.read_bytes())
+    at = data.rindex(b'"round":3')
+    data[at : at + 9] = b'"round":9'
+    ledger.path.write_bytes(data)
+    assert of(list(state.ledger(config, tmp_path / "site")), "ledger").level == "FAIL"
+    ledger.path.unlink()
+    assert of(list(state.ledger(config, tmp_path / "site")), "ledger").level == "FAIL"
+
+
+@pytest.mark.parametrize("fault", ["", "cut", "changed", "gone"])
+def test_an_egress_log_is_proved_whole(tmp_path, fault):
+    log = EgressLog(tmp_path)
+    for number in range(3):
+        log.append("train", {"status": "ok", "round": number})
+    lines = log.path.read_text().splitlines(keepends=True)
+    if fault == "cut":
+        log.path.write_text("".join(lines[:2]))
+    elif fault == "changed":
+        log.path.write_text("".join(lines).replace('\\"round\\":1', '\\"round\\":7'))
+    elif fault == "gone":
+        log.path.unlink()
+    found = of(list(state.egress(tmp_path, manual=False)), "egress")
+    assert found.level == ("FAIL" if fault else "ok") and (fault or "3 answers have left" in found.what)
+
+
+def test_a_release_that_waits_for_a_person_is_told(tmp_path):
+    assert [f.level for f in state.egress(tmp_path, manual=True)] == ["ok", "ok"]
+    (tmp_path / "pending").mkdir()
+    (tmp_path / "pending" / "ab-0001.json").write_text("{}")
+    assert lines(state.egress(tmp_path, manual=True)) == {("egress", "ok"), ("approval", "warn")}
+
+
+def test_a_site_file_that_is_not_in_order_is_told_and_the_rest_is_checked(kit, capsys):
+    site = at(kit, "127.0.0.1:1", overrides=["seed=1"])
+    assert main(["doctor", "--site", str(site)]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"(?m)^FAIL  site .*a site sets data, privacy, backbone only", told)
+    assert re.search(r"(?m)^FAIL  server .*no answer", told) and re.search(r"(?m)^ok +packages", told)
+
+
+def test_a_check_that_breaks_says_only_how(capsys):
+    def broken():
+        raise ValueError("/pacs/DOE^JANE.dcm")
+
+    (found,) = guarded("data", broken)
+    assert found.level == "FAIL" and "ValueError" in found.what and "JANE" not in str(found)
