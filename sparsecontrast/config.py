@@ -219,7 +219,14 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
         ConfigError: an unknown group, key or value, with the nearest known names.
     """
     words = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
-    config = build(Config, {**_hydra(words), "overrides": tuple(words)}, "")
+    tree = hydra_tree(words)
+    if (
+        tree["method"].get("name") == "sparse_attn_net"
+    ):  # it has other keys, which would only be called unknown
+        raise ConfigError(
+            "method=sparse_attn_net: classifies labelled cells; run `sparsecontrast classify train`"
+        )
+    config = build(Config, {**tree, "overrides": tuple(words)}, "")
     check(config)
     return config
 
@@ -285,7 +292,12 @@ def as_dict(config: Any) -> dict[str, Any]:
     return config
 
 
-def _hydra(words: list[str]) -> dict[str, Any]:
+def hydra_tree(words: list[str], root: str = "config") -> dict[str, Any]:
+    """Compose ``configs/<root>.yaml`` with overrides into plain values, unchecked.
+
+    Raises:
+        ConfigError: an unknown group or key.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -296,7 +308,7 @@ def _hydra(words: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            tree = hydra_compose("config", overrides=words, return_hydra_config=False)
+            tree = hydra_compose(root, overrides=words, return_hydra_config=False)
         return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # a number longer than Python reads
         reason = str(error).strip().splitlines()[0]

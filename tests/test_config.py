@@ -4,6 +4,7 @@ import typing
 
 import pytest
 
+from sparsecontrast.classify.settings import compose_classify
 from sparsecontrast.config import (
     CONFIG_DIR,
     Config,
@@ -166,8 +167,16 @@ CHOICES = sorted(CONFIG_DIR.glob("*/*.yaml"))
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_config_file_composes(path):
-    config = compose([f"{path.parent.name}={path.stem}"])
+    classifies = path.parent.name == "cells" or path.stem == "sparse_attn_net"
+    config = (compose_classify if classifies else compose)([f"{path.parent.name}={path.stem}"])
     assert dataclasses.is_dataclass(config)
+
+
+def test_a_classifier_is_told_from_a_pretraining_method():
+    with pytest.raises(ConfigError, match=r"sparse_attn_net: classifies .* `sparsecontrast classify train`"):
+        compose("method=sparse_attn_net")
+    with pytest.raises(ConfigError, match=r"method=dense_contrast: pretrains without labels"):
+        compose_classify("method=dense_contrast")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "experiment").glob("*.yaml")), ids=lambda p: p.stem)
