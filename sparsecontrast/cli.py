@@ -1,4 +1,4 @@
-"""The command line: ``sparsecontrast`` index, pretrain, evaluate, report, export, budget, egress, and so on.
+"""The command ``sparsecontrast``, one function each; ``--help`` lists them.
 
 Heavy imports happen inside the commands, so that ``--help`` answers at once. Every error a user can
 cause ends as one line on stderr and exit status 2. ``budget`` has one more: 3, nothing is wrong, but what is
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsecontrast import provision_commands, site_commands
+from sparsecontrast.classify import commands as classify_commands
 from sparsecontrast.errors import ConfigError, SparseContrastError, StorageError
 from sparsecontrast.terminal import print_table
 
@@ -198,6 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
     export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")
 
+    text = "tell cells apart from a few of their pixels: train, and judge"
+    classify_commands.classify_options(_command(commands, "classify", None, text))
+
     text = "tell what privacy was spent, and plan what may be"
     site_commands.budget_options(_command(commands, "budget", site_commands.budget, text))
     text = "tell what left a site, prove it, and approve what waits"
@@ -216,7 +220,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.set_defaults(run=run)
+    if run is not None:  # else its actions have one each
+        command.set_defaults(run=run)
     return command
 
 

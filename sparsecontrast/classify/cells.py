@@ -1,0 +1,207 @@
+"""Labelled pictures of cells, and how they are split: by lab and by group, never through a group."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sparsecontrast.classify.settings import CellsConfig
+from sparsecontrast.config import anchored
+from sparsecontrast.data.colour import read_colour
+from sparsecontrast.errors import (
+    ConfigError,
+    EmptySiteError,
+    ImageReadError,
+    IndexSchemaError,
+    MissingDataError,
+)
+
+PICTURES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Pictures in memory.
+
+    Attributes:
+        images: uint8 [N, 3, S, S].
+        labels: index into ``classes`` [N].
+        classes: names, sorted.
+        labs: of each picture [N].
+        groups: of each picture [N]; a group stands in one split.
+        left_out: rows (path, reason) that are not among them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    labs: np.ndarray
+    groups: np.ndarray
+    left_out: pd.DataFrame
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of each part, ascending."""
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+
+
+def load_cells(config: CellsConfig, image_size: int) -> Cells:
+    """Read every picture of the classes that are common enough.
+
+    Raises:
+        MissingDataError: no root, or no such folder or table.
+        IndexSchemaError: a column that is not there.
+        EmptySiteError: fewer than two classes are left.
+        ConfigError: a class that was asked for is not there, or a pattern that is none.
+    """
+    if config.root is None:
+        raise MissingDataError("cells.root: not set; give the folder of the pictures, cells.root=FOLDER")
+    root = anchored(config.root)
+    if not root.is_dir():
+        raise MissingDataError(f"cells.root={root}: no such folder")
+    table = _from_index(config, root) if config.layout == "index" else _from_folders(config, root)
+    table, left_out = _common(table, config)
+    images, kept = [], []
+    for row in table.itertuples():
+        try:
+            images.append(read_colour(root / str(row.path), image_size))
+            kept.append(row.Index)
+        except ImageReadError as error:
+            left_out.append((str(row.path), str(error)))
+    table = table.loc[kept]
+    classes = tuple(sorted(table["label"].unique()))
+    if len(classes) < 2:
+        raise EmptySiteError(f"{root}: {len(classes)} classes with cells.min_images={config.min_images}")
+    return Cells(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([classes.index(name) for name in table["label"]]),
+        classes,
+        table["lab"].to_numpy(dtype=str),
+        table["group"].to_numpy(dtype=str),
+        pd.DataFrame(left_out, columns=["path", "reason"]),
+    )
+
+
+def split_cells(cells: Cells, config: CellsConfig, seed: int) -> Split:
+    """Split by lab and group, stratified by lab and class; the seed shuffles the groups.
+
+    A group goes where the class and lab of its first picture send it. Labs that are only tested are tested
+    whole; of those that are trained and tested, ``test_fraction`` of the groups; ``val_fraction`` of what is
+    left of the training labs is held out.
+
+    Raises:
+        ConfigError: a lab that is not there.
+        EmptySiteError: a part without pictures.
+    """
+    known = sorted(set(cells.labs))
+    trained, tested = config.train_labs or tuple(known), config.test_labs or config.train_labs or tuple(known)
+    for lab in (*trained, *tested):
+        if lab not in known:
+            raise ConfigError(f"cells: no lab {lab!r} among {', '.join(known)}")
+    place: dict[str, str] = {}
+    for (lab, _), groups in _strata(cells).items():
+        order = sorted(groups, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
+        n_test = round(config.test_fraction * len(order)) if lab in trained else len(order)
+        n_test = n_test if lab in tested else 0
+        rest = order[n_test:] if lab in trained else []
+        n_val = max(1, round(config.val_fraction * len(rest)))
+        place |= dict.fromkeys(order[:n_test], "test" if lab in tested else "")
+        place |= dict.fromkeys(rest[:n_val], "val") | dict.fromkeys(rest[n_val:], "train")
+    parts = np.array([place.get(group, "") for group in cells.groups])
+    found = {name: torch.from_numpy(np.flatnonzero(parts == name)) for name in ("train", "val", "test")}
+    empty = [name for name, rows in found.items() if not len(rows)]
+    if empty:
+        raise EmptySiteError(
+            f"cells: no picture for {', '.join(empty)}; see cells.*_labs and cells.*_fraction"
+        )
+    return Split(**found)
+
+
+def class_weights(labels: Tensor, classes: int, balance: float) -> Tensor:
+    """Weights [C] in proportion to 1/count^balance, of mean 1 over pictures; an absent class counts once."""
+    counts = torch.bincount(labels, minlength=classes).float().clamp_min(1)
+    weights = counts**-balance
+    return weights * counts.sum() / (weights * counts).sum()
+
+
+def _strata(cells: Cells) -> dict[tuple[str, int], list[str]]:
+    """Groups by the lab and class of their first picture; the same group at two labs counts for the first."""
+    first: dict[str, tuple[str, int]] = {}
+    for group, lab, label in zip(cells.groups, cells.labs, cells.labels.tolist(), strict=True):
+        first.setdefault(group, (lab, label))
+    found: dict[tuple[str, int], list[str]] = {}
+    for group, stratum in first.items():
+        found.setdefault(stratum, []).append(group)
+    return found
+
+
+def _from_index(config: CellsConfig, root: Path) -> pd.DataFrame:
+    path = root / str(config.index)
+    if not path.is_file():
+        raise MissingDataError(f"{path}: no such table; see cells.index, or cells.layout=folders")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    columns = {"path": config.path, "label": config.label, "lab": config.lab, "group": config.group}
+    absent = [f"cells.{key}={name}" for key, name in columns.items() if name not in table]
+    if absent:
+        raise IndexSchemaError(
+            f"{path}: no column for {', '.join(absent)}; it has {', '.join(table.columns)}"
+        )
+    found = pd.DataFrame({key: table[name] for key, name in columns.items()})
+    found["group"] = found["group"].where(found["group"] != "", found["path"])
+    return found
+
+
+def _from_folders(config: CellsConfig, root: Path) -> pd.DataFrame:
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES and p.parent != root)
+    if not files:
+        raise MissingDataError(f"{root}: no folder with pictures; expected ROOT/CLASS/*.jpeg")
+    names = [str(p.relative_to(root)) for p in files]
+    groups = _groups([p.stem for p in files], config.group_pattern)
+    return pd.DataFrame({
+        "path": names, "label": [p.parent.name for p in files],
+        "lab": config.lab_name or config.name, "group": groups,
+    })  # fmt: skip
+
+
+def _groups(stems: Sequence[str], pattern: str | None) -> list[str]:
+    """Group of each file's name: the pattern's first bracket, else the name."""
+    if pattern is None:
+        return list(stems)
+    try:
+        matches = [re.search(pattern, stem) for stem in stems]
+        return [m[1] if m else stem for m, stem in zip(matches, stems, strict=True)]
+    except (re.error, IndexError) as error:
+        raise ConfigError(
+            f"cells.group_pattern={pattern}: not a regular expression with a bracket ({error})"
+        ) from None
+
+
+def _common(table: pd.DataFrame, config: CellsConfig) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+    """Keep the wanted classes; names the pictures of rare ones, and those without a label."""
+    counts = table["label"].value_counts()
+    unknown = [name for name in config.classes if name not in counts]
+    if unknown:
+        raise ConfigError(
+            f"cells.classes: no picture of {', '.join(unknown)}; there are {', '.join(counts.index)}"
+        )
+    wanted = set(config.classes or counts[counts >= config.min_images].index) - {""}
+    out = table[~table["label"].isin(wanted)]
+    reasons = [
+        (path, f"class {label}: {counts[label]} pictures, too few" if label else "no label")
+        for path, label in zip(out["path"].astype(str), out["label"].astype(str), strict=True)
+        if not config.classes or not label
+    ]
+    return table[table["label"].isin(wanted)], reasons

@@ -1,0 +1,164 @@
+"""Train one classifier on cells: epochs, a moving average of the weights, early stopping, and k.
+
+Any network fits that turns ``Labelled`` into a loss of each row and images into logits; the baselines of
+``benchmarks.cells`` are trained by the same lines as SparseAttnNet.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsecontrast.classify.augment import augment, normalise
+from sparsecontrast.classify.cells import Cells, Split
+from sparsecontrast.classify.settings import FitConfig
+from sparsecontrast.methods.sparse_attn_net import Labelled, SparseAttnNet
+from sparsecontrast.methods.word_budget import WordBudget
+
+BATCH = 256  # of evaluation
+CLIP = 1.0  # norm of a step's gradient
+WARM_EMA = 10  # the average follows closely in the first steps, when weights still move far
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training ended with.
+
+    Attributes:
+        epoch: the one whose averaged weights the network now has: of the lowest held-out loss.
+        rows: one entry an epoch, as ``metrics.jsonl`` has them.
+        seconds: CPU seconds of training.
+    """
+
+    epoch: int
+    rows: list[dict[str, Any]]
+    seconds: float
+
+
+def fit(
+    network: nn.Module, cells: Cells, split: Split, config: FitConfig, seed: int,
+    tick: Callable[[str], None] = lambda text: None,
+) -> Fitted:  # fmt: skip
+    """Train ``network`` in place on ``split.train``; it ends in evaluation mode, with its best weights.
+
+    Args:
+        network: ``SparseAttnNet``, whose ``k`` then follows ``split.val``, or any with ``forward(Labelled)``
+            -> [B] and ``logits(images)`` -> [B, C].
+        cells: all pictures.
+        split: rows to train on and to hold out.
+        config: of training.
+        seed: of batches, augmentation and exploration.
+        tick: called once an epoch, with its figures in words.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps = config.epochs * math.ceil(len(split.train) / config.batch_size)
+    budget = _word_budget(network)
+    average, best, rows = copy.deepcopy(network).eval(), _Best(), []
+    started, step = time.process_time(), 0
+    for epoch in range(1, config.epochs + 1):
+        network.train()
+        losses, order = [], split.train[torch.randperm(len(split.train), generator=generator)]
+        for chosen in order.split(config.batch_size):
+            _set_rate(optimizer, config, step, steps)
+            images = normalise(augment(cells.images[chosen], config.colour, generator))
+            losses.append(_step(network, optimizer, Labelled(images, cells.labels[chosen], generator)))
+            step += 1
+            _follow(average, network, min(config.ema, step / (step + WARM_EMA)))
+        row = {"epoch": epoch, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
+        row |= held_out(average, cells, split.val)
+        best.see(average, epoch, row["held_out_loss"])
+        row |= _adapt(budget, [network, average], row["held_out_loss"])
+        rows.append(row)
+        tick(f"epoch {epoch}, held-out loss {row['held_out_loss']:.3f}")
+        if epoch - best.epoch >= config.patience:
+            break
+    best.restore(network)
+    return Fitted(best.epoch, rows, time.process_time() - started)
+
+
+def logits(network: Any, images: Tensor) -> Tensor:
+    """Judge uint8 images [N, 3, S, S]: [N, C]."""
+    with torch.no_grad():
+        return torch.cat([network.logits(normalise(part)).float() for part in images.split(BATCH)])
+
+
+def held_out(network: nn.Module, cells: Cells, rows: Tensor) -> dict[str, float]:
+    """Loss and accuracy on held-out pictures, all pictures of one weight."""
+    found, labels = logits(network, cells.images[rows]), cells.labels[rows]
+    return {
+        "held_out_loss": F.cross_entropy(found, labels).item(),
+        "held_out_accuracy": (found.argmax(1) == labels).float().mean().item(),
+    }
+
+
+class _Best:
+    """The weights of the lowest held-out loss so far, and the k they were judged with."""
+
+    def __init__(self) -> None:
+        self.epoch, self.loss = 0, math.inf
+        self.state: dict[str, Tensor] = {}
+        self.k: int | None = None
+
+    def see(self, network: nn.Module, epoch: int, loss: float) -> None:
+        if loss < self.loss:
+            self.epoch, self.loss = epoch, loss
+            self.state = {name: value.clone() for name, value in network.state_dict().items()}
+            self.k = network.k if isinstance(network, SparseAttnNet) else None
+
+    def restore(self, network: nn.Module) -> None:
+        if self.state:  # none where every loss was not a number
+            network.load_state_dict(self.state)
+        if isinstance(network, SparseAttnNet) and self.k is not None:
+            network.k = self.k
+        network.eval()
+
+
+def _word_budget(network: nn.Module) -> WordBudget | None:
+    if not isinstance(network, SparseAttnNet):
+        return None
+    c = network.config
+    return WordBudget(network.ceiling, network.floor, c.k_tolerance, c.k_every, c.k_factor, c.k_smoothing)
+
+
+def _adapt(budget: WordBudget | None, networks: list[nn.Module], loss: float) -> dict[str, Any]:
+    """Let k follow the loss; returns what the epoch's row says of it."""
+    if budget is None:
+        return {}
+    k = budget.observe(loss)
+    for network in networks:
+        assert isinstance(network, SparseAttnNet)
+        network.k = k
+    told = budget.trajectory[-1]
+    return {"k": told["k"], "smoothed": told["smoothed"], "change": told["change"]}
+
+
+def _step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Labelled) -> float:
+    loss = network(batch).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+    optimizer.step()
+    return loss.item()
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, config: FitConfig, step: int, steps: int) -> None:
+    warm = min(1.0, (step + 1) / max(1.0, config.warmup * steps))
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * warm * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Move the average towards the network's weights; counters of a BatchNorm are copied."""
+    for mine, new in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if mine.is_floating_point():
+            mine.lerp_(new, 1 - decay)
+        else:
+            mine.copy_(new)
