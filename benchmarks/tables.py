@@ -67,6 +67,24 @@ def sparsity(precisions: Sequence[str] = (), keeps: Sequence[float] = ()) -> str
     return "\n\n".join(f"{key[0]}, {key[1]} px, {key[2]}:\n\n{table}" for key, table in tables.items())
 
 
+def speed(keeps: Sequence[float]) -> str:
+    """SparseContrast at some shares of the tokens, one line a network, size and precision."""
+    found: dict[tuple[str, int, float, str], dict[str, dict[str, Any]]] = {}
+    for row in rows("sparsity-*.json"):
+        if row["method"] == "sparse_contrast" and row["keep"] in keeps:
+            key = (row["backbone"], row["size_px"], row["keep"], row["cell"])
+            found.setdefault(key, {})[row["phase"]] = row
+    body = []
+    for (backbone, size, keep, cell), phases in sorted(found.items(), key=lambda item: item[0][:2]):
+        figures = [phases.get(phase, {}).get(key) for phase, key in SPEED_COLUMNS]
+        told = ["–" if f is None else f"{f:.2f}" for f in figures]
+        body.append([backbone.replace("_", "-"), str(size), cell, f"{keep:.2g}", *told])
+    return markdown(SPEED_HEAD, body)
+
+
+SPEED_HEAD = (
+    "network", "px", "precision", "kept", "train x equal", "x stock", "infer x equal", "x stock", "peak",
+)  # fmt: skip
 SPARSITY_HEAD = (
     "method", "kept", "train x equal", "x stock", "infer x equal", "x stock", "one image x equal", "x stock",
     "saved", "peak",
@@ -76,6 +94,8 @@ SPARSITY_COLUMNS = (
     ("infer_n", "ratio_stock_fp32"), ("infer_1", "ratio_equal_precision"), ("infer_1", "ratio_stock_fp32"),
     ("train", "saved_share_equal_precision"), ("train", "peak_share_equal_precision"),
 )  # fmt: skip
+
+SPEED_COLUMNS = (*SPARSITY_COLUMNS[:4], SPARSITY_COLUMNS[-1])
 
 
 def _contenders(cell: dict[tuple[str, float, str], dict[str, Any]], precision: str) -> Iterator[list[str]]:
@@ -189,9 +209,29 @@ def audit() -> str:
     return markdown(head, body)
 
 
+def small_maps() -> str:
+    """Matrix products against convolutions, by layer."""
+    head = ["network", "layer", "map", "precision", "forward and backward x", "forward x"]
+    body = [
+        [
+            row["network"], _layer(row), f"{row['pixels']} x {row['pixels']}", row["precision"],
+            f"{row['step_ratio']:.2f}", f"{row['infer_ratio']:.2f}",
+        ]
+        for row in rows("small-maps-cpu.json")
+    ]  # fmt: skip
+    return markdown(head, body)
+
+
+def _layer(row: dict[str, Any]) -> str:
+    kind = "depthwise, " if row["groups"] > 1 else ""
+    stride = f", stride {row['stride']}" if row["stride"] > 1 else ""
+    return f"{row['kernel']} x {row['kernel']}, {kind}{row['channels_in']} to {row['channels_out']}{stride}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "sparsity": sparsity,
-    "sparsity-bf16": lambda: sparsity(("bf16",), (1.0, 0.5, 0.3, 0.25, 0.15)),
+    "speed": lambda: speed((0.5, 0.25)),
+    "small-maps": small_maps,
     "localisation": lambda: localisation(GROUPS),
     "localisation-bar": lambda: localisation(BAR),
     "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
