@@ -31,7 +31,7 @@ class KeptRounds:
         """Load the newest whole state of a round before ``number``; returns that round, 0 for none."""
         for candidate in sorted((n for n in self._kept() if n < number), reverse=True):
             try:
-                trainer.load(self._file("round", candidate))
+                trainer.local.load(self._file("round", candidate))
                 return candidate
             except CheckpointError as error:
                 note(self.state_dir, f"{error}; trying an older local state")
@@ -54,7 +54,7 @@ class KeptRounds:
 
         if residual is not None:
             write_tensors(self._file("residual", number), {"residual": torch.from_numpy(residual)})
-        trainer.save(self._file("round", number))
+        trainer.local.save(self._file("round", number))
         for old in sorted(n for n in self._kept() if n <= number)[:-STATES_KEPT]:
             for kind in ("residual", "round"):
                 self._file(kind, old).unlink(missing_ok=True)

@@ -14,34 +14,52 @@ from sparsecontrast.methods.method import Method
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def load_local(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> None:
-    """Restore local tensors and optimizer moments; shared weights stay as they are.
+class LocalState:
+    """A method's local tensors and its optimizer's moments, on their way to disk and back.
 
-    Raises:
-        CheckpointError: the file is missing, torn, or of another model.
+    Args:
+        method: an ``nn.Module``.
+        optimizer: of its trained parameters.
     """
-    module: nn.Module = method  # type: ignore[assignment]
-    saved = read_tensors(path)
-    local = {n.removeprefix("local."): t for n, t in saved.items() if n.startswith("local.")}
-    module.load_state_dict(local, strict=False)
-    for name, parameter in trained(module):
-        found = {k: saved[key] for k in MOMENTS if (key := f"optimizer.{k}.{name}") in saved}
-        if found:
-            device = parameter.device
-            optimizer.state[parameter] = {
-                k: v.clone() if k == "step" else v.to(device) for k, v in found.items()
-            }
 
+    def __init__(self, method: Method, optimizer: torch.optim.Optimizer):
+        self.method, self.optimizer = method, optimizer
+        self._begun = False
 
-def save_local(path: Path, method: Method, optimizer: torch.optim.Optimizer) -> None:
-    """Write local tensors and optimizer moments to ``path``, atomically."""
-    module: nn.Module = method  # type: ignore[assignment]
-    shared = set(method.shared_parameters())
-    tensors = {f"local.{n}": t for n, t in module.state_dict().items() if n not in shared}
-    for name, parameter in trained(module):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value
-    write_tensors(path, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+    def begin(self) -> None:
+        """Reset the local tensors before the first round, unless they were loaded."""
+        if not self._begun:
+            self.method.reset_local()
+        self._begun = True
+
+    def load(self, path: Path) -> None:
+        """Restore local tensors and optimizer moments; shared weights stay as they are.
+
+        Raises:
+            CheckpointError: the file is missing, torn, or of another model.
+        """
+        module: nn.Module = self.method  # type: ignore[assignment]
+        saved = read_tensors(path)
+        local = {n.removeprefix("local."): t for n, t in saved.items() if n.startswith("local.")}
+        module.load_state_dict(local, strict=False)
+        for name, parameter in trained(module):
+            found = {k: saved[key] for k in MOMENTS if (key := f"optimizer.{k}.{name}") in saved}
+            if found:
+                device = parameter.device
+                self.optimizer.state[parameter] = {
+                    k: v.clone() if k == "step" else v.to(device) for k, v in found.items()
+                }
+        self._begun = True
+
+    def save(self, path: Path) -> None:
+        """Write local tensors and optimizer moments to ``path``, atomically."""
+        module: nn.Module = self.method  # type: ignore[assignment]
+        shared = set(self.method.shared_parameters())
+        tensors = {f"local.{n}": t for n, t in module.state_dict().items() if n not in shared}
+        for name, parameter in trained(module):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value
+        write_tensors(path, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
 
 
 def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -120,7 +120,7 @@ class _Record:
         found = checkpoint.read_round(self.folder, number)
         self.trainer.module.load_state_dict(found.tensors, strict=False)
         if number:
-            self.trainer.load(self._state(number))
+            self.trainer.local.load(self._state(number))
         rows = [r for n in range(1, number + 1) for r in checkpoint.read_meta(self.folder, n)["rows"]]
         self._configure()  # rounds may be more, and the folder may lie elsewhere
         write_bytes(self.folder / METRICS, _lines(rows).encode())
@@ -139,7 +139,7 @@ class _Record:
             "seconds": result.seconds, "contributors": [name], "refused": {}, "silent": [],
         }  # fmt: skip
         before = checkpoint.read_meta(self.folder, number - 1)
-        self.trainer.save(self._state(number))
+        self.trainer.local.save(self._state(number))
         self._keep(number, [site, whole], checkpoint.weights_sha256(before))
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(_lines([site, whole]))

@@ -12,7 +12,6 @@ counts and durations are withheld. How long the answer took shows on the wire, a
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from sparsecontrast.account import Account
 from sparsecontrast.batches import Views
 from sparsecontrast.config import Config
 from sparsecontrast.ledger import Receipt
-from sparsecontrast.local_state import load_local, save_local
+from sparsecontrast.local_state import LocalState
 from sparsecontrast.methods.method import Batch, Method, refuse_coupled
 from sparsecontrast.noise import SecureStream
 from sparsecontrast.privacy import PatientSGD
@@ -50,20 +49,7 @@ class PrivateTrainer:
         self.module, self.device = prepare(method, config)
         self.views = Views(method, config, self.device)
         self.optimizer = build_optimizer(self.module, config.train)
-        self._restored = False
-
-    def load(self, path: Path) -> None:
-        """Restore local tensors and optimizer moments, all of them made of released weights.
-
-        Raises:
-            CheckpointError: the file is missing, torn, or of another model.
-        """
-        load_local(path, self.method, self.optimizer)
-        self._restored = True
-
-    def save(self, path: Path) -> None:
-        """Write local tensors and optimizer moments to ``path``, atomically."""
-        save_local(path, self.method, self.optimizer)
+        self.local = LocalState(method, self.optimizer)
 
     def run(
         self, images: np.ndarray, patients: np.ndarray, round_number: int, rounds: int,
@@ -84,9 +70,7 @@ class PrivateTrainer:
             MethodError: the model's per-sample gradients are not right.
             TooFewImagesError: there is no image.
         """
-        if not self._restored:
-            self.method.reset_local()
-        self._restored = True
+        self.local.begin()
         self.method.start_round(round_number, rounds)
         self.module.train()
         draws, noise, views = (self._stream(word, round_number) for word in ("patients", "noise", "views"))

@@ -9,7 +9,6 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from sparsecontrast.batches import Views, epoch_batches
 from sparsecontrast.config import Config, TrainConfig
 from sparsecontrast.errors import MethodError, PrivacyError, TooFewImagesError
-from sparsecontrast.local_state import load_local, save_local, trained
+from sparsecontrast.local_state import LocalState, trained
 from sparsecontrast.methods.method import Batch, Method
 
 MIN_BATCH = 2  # contrast needs a negative
@@ -71,20 +70,7 @@ class LocalTrainer:
         self.module, self.device = prepare(method, config)
         self.views = Views(method, config, self.device)
         self.optimizer = build_optimizer(self.module, config.train)
-        self._restored = False
-
-    def load(self, path: Path) -> None:
-        """Restore local tensors and optimizer moments; shared weights stay as they are.
-
-        Raises:
-            CheckpointError: the file is missing, torn, or of another model.
-        """
-        load_local(path, self.method, self.optimizer)
-        self._restored = True
-
-    def save(self, path: Path) -> None:
-        """Write local tensors and optimizer moments to ``path``, atomically."""
-        save_local(path, self.method, self.optimizer)
+        self.local = LocalState(method, self.optimizer)
 
     def run(
         self,
@@ -113,9 +99,7 @@ class LocalTrainer:
                 f"contrast needs at least {MIN_BATCH} patients"
             )
         started = time.perf_counter()
-        if not self._restored:
-            self.method.reset_local()
-        self._restored = True
+        self.local.begin()
         self.method.start_round(round_number, rounds)
         self.module.train()
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, self.site, round_number))

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from simulation import flower_home
+from simulation.deploy import free_ports
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.egress import FILE, HEAD
 from tests.federations import MODEL, rows
@@ -27,16 +27,6 @@ PHANTOMS = (
     "federation.sites=3",
     "federation.rounds=2",
 )
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 class Flower:

@@ -135,13 +135,13 @@ def test_a_run_that_goes_on_keeps_its_sigma_and_its_state(tmp_path):
     whole.run(*films(), 1, 2)
     whole.run(*films(), 2, 2)
     first.run(*films(), 1, 2)
-    first.save(tmp_path / "state.safetensors")
+    first.local.save(tmp_path / "state.safetensors")
     again = private(tmp_path / "b", INSECURE)
     again.module.load_state_dict(
         {n: t for n, t in first.module.state_dict().items() if n in first.method.shared_parameters()},
         strict=False,
     )
-    again.load(tmp_path / "state.safetensors")
+    again.local.load(tmp_path / "state.safetensors")
     assert again.account.mechanism == whole.account.mechanism
     again.run(*films(), 2, 2)
     assert equal(weights(whole), weights(again))

@@ -67,12 +67,12 @@ SELECTIONS = pytest.mark.parametrize("selection", ["surprise", "attention"])  # 
 def test_a_round_after_save_and_load_equals_a_round_without(tmp_path, selection):
     one = trainer(f"selection={selection}")
     run(one, 1)
-    one.save(tmp_path / "state.safetensors")
+    one.local.save(tmp_path / "state.safetensors")
     shared = {n: one.module.state_dict()[n].clone() for n in one.method.shared_parameters()}
     run(one, 2)
     two = trainer(f"selection={selection}")
     two.module.load_state_dict(shared, strict=False)  # as a fresh process receives them
-    two.load(tmp_path / "state.safetensors")
+    two.local.load(tmp_path / "state.safetensors")
     run(two, 2)
     assert_same(weights(one), weights(two))
 
@@ -83,7 +83,7 @@ def test_local_state_holds_no_shared_tensor(tmp_path, selection):
 
     t = trainer(f"selection={selection}")
     run(t)
-    t.save(tmp_path / "state.safetensors")
+    t.local.save(tmp_path / "state.safetensors")
     local = {n.removeprefix("local.") for n in load_file(tmp_path / "state.safetensors") if n[:5] == "local"}
     assert local and not local & set(t.method.shared_parameters())
     assert any(n.startswith("teacher.") for n in local) == (selection == "attention")
@@ -91,11 +91,11 @@ def test_local_state_holds_no_shared_tensor(tmp_path, selection):
 
 def test_torn_state_is_a_clear_error(tmp_path):
     t = trainer()
-    t.save(tmp_path / "s.safetensors")
+    t.local.save(tmp_path / "s.safetensors")
     whole = (tmp_path / "s.safetensors").read_bytes()
     (tmp_path / "s.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="torn"):
-        trainer().load(tmp_path / "s.safetensors")
+        trainer().local.load(tmp_path / "s.safetensors")
 
 
 def test_training_learns_to_tell_images_apart():
