@@ -31,11 +31,14 @@ def answering(pem: Path | None, status: int = 200, seconds: float = 0.0) -> Iter
         def date_time_string(self, timestamp=None):
             return super().date_time_string((timestamp or time.time()) + seconds)
 
-        def log_message(self, *_):
+        def log_message(self, format, *args):
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.handle_error = lambda *_: None  # a client that turns away in the handshake
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request, client_address):
+            """Say nothing of a client that turns away in the handshake."""
+
+    server = Server(("127.0.0.1", 0), Handler)
     if pem is not None:
         server.socket = _context(pem).wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
@@ -49,8 +52,11 @@ def answering(pem: Path | None, status: int = 200, seconds: float = 0.0) -> Iter
 
 
 @contextlib.contextmanager
-def passing_on(pem: Path, upstream: str) -> Iterator[str]:
-    """Stand before a TLS server with another certificate; whoever accepts it gets through."""
+def passing_on(pem: Path, upstream: str, heard: bytearray | None = None) -> Iterator[str]:
+    """Stand before a TLS server with another certificate; whoever accepts it gets through.
+
+    ``heard`` is given every byte that clients send, in clear text.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.1)
     stop, threads = threading.Event(), []
@@ -59,7 +65,7 @@ def passing_on(pem: Path, upstream: str) -> Iterator[str]:
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 client, _ = listener.accept()
-                threads.append(threading.Thread(target=_carry, args=(client, pem, upstream, stop)))
+                threads.append(threading.Thread(target=_carry, args=(client, pem, upstream, stop, heard)))
                 threads[-1].start()
 
     threads.append(threading.Thread(target=serve))
@@ -71,7 +77,9 @@ def passing_on(pem: Path, upstream: str) -> Iterator[str]:
     listener.close()
 
 
-def _carry(client: socket.socket, pem: Path, upstream: str, stop: threading.Event) -> None:
+def _carry(
+    client: socket.socket, pem: Path, upstream: str, stop: threading.Event, heard: bytearray | None
+) -> None:
     host, port = upstream.split(":")
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
@@ -85,6 +93,8 @@ def _carry(client: socket.socket, pem: Path, upstream: str, stop: threading.Even
                     data = one.recv(65536)
                     if not data:
                         return
+                    if one is near and heard is not None:
+                        heard += data
                     ends[one].sendall(data)
 
 

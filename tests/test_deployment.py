@@ -5,15 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import pytest
+import yaml
 
 from simulation.deploy import ROOT, Deployment
 from sparsecontrast import checkpoint
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.provision import change
 from sparsecontrast.provision.authority import new_authority, site_key
+from tests.dicom_files import write_dicom
 from tests.federations import MODEL, rows
 from tests.fronts import passing_on, write_pem
 
@@ -78,6 +82,47 @@ def test_a_site_runs_the_bundles_that_it_names_and_no_other(federation):
     file.write_text(f"{before}\napp: ['{found.stdout.strip()}']\n")
     assert contributors("named") == [sorted(RUNNING)]
     file.write_text(before)
+
+
+PATIENT = ("DOE^JANE", "PATIENT-9731", "19311224", "left lung of J. Doe", "case-of-doe")
+
+
+def patient_site(folder, name, count):
+    """A site whose every tag, folder and file name tells of a patient."""
+    root = folder / "PATIENT-9731" / name
+    root.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 4096, (48, 48)).astype(np.uint16)
+        tags = {"PatientName": "DOE^JANE", "PatientID": f"PATIENT-9731-{number}",
+                "PatientBirthDate": "19311224", "ImageComments": "left lung of J. Doe"}  # fmt: skip
+        write_dicom(root / f"case-of-doe-{number}.dcm", pixels, **tags)
+    return ["data=dicom", f"data.root='{root}'", "data.min_images=2"]
+
+
+def test_the_captured_wire_holds_no_word_of_a_patient(federation):
+    """A site full of names: every byte that it sends, in clear text, and all that the server writes."""
+    folder, heard = federation.folder, bytearray()
+    pem = write_pem(folder / "wire.pem", federation.kits.authority())
+    words = [*MODEL, "federation.rounds=1", "federation.min_sites=4", f"output_dir='{folder / 'wired'}'"]
+    with passing_on(pem, federation.plan.server.bind, heard) as front:
+        kit = kit_of(federation, "east", "named", SUPERLINK=front)
+        told = yaml.safe_load((kit / "site.yaml").read_text())
+        told["overrides"] = patient_site(folder, "whole", 12)
+        (kit / "site.yaml").write_text(yaml.safe_dump(told))
+        process = federation.launch("named", kit / "supernode.sh")
+        while LET_IN not in said(federation, "named"):
+            assert process.poll() is None
+            time.sleep(0.2)
+        assert federation.run(words) == "finished:completed"
+        federation.end_one("named")
+    (row,) = (r for r in rows(folder / "wired") if r["site"] == "east")
+    assert row["status"] == "ok" and row["num_examples"] > 2
+    written = {path.name: path.read_bytes() for path in (folder / "wired").rglob("*") if path.is_file()}
+    found = written | {"the wire": bytes(heard), "the log": federation.log("superlink").read_bytes()}
+    assert len(heard) > 100_000 and b"east" in heard and b"backbone." in heard  # it can be read
+    for where, data in found.items():
+        assert not [word for word in PATIENT if word.encode() in data], where
+    assert str(folder).encode() not in heard
 
 
 def test_strangers_are_refused_each_for_its_own_reason(federation):
