@@ -161,7 +161,10 @@ def _once(args: argparse.Namespace, cells: Cells, task: str, seed: int, arm: str
 
 
 def _config(args: argparse.Namespace, task: str, seed: int, arm: str) -> ClassifyConfig:
-    words = (f"cells.root={args.root}", f"seed={seed}", f"train.lr={cells_arms.ARMS[arm].lr}")
+    contender = cells_arms.ARMS[arm]
+    words = [f"cells.root={args.root}", f"seed={seed}", f"train.lr={contender.lr}"]
+    if contender.epochs is not None and not args.quick:
+        words.append(f"train.epochs={contender.epochs}")
     return compose_classify([*(QUICK if args.quick else FULL), *TASKS[task], *words])
 
 
