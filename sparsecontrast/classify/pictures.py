@@ -17,7 +17,7 @@ from sparsecontrast.classify.cells import Cells
 from sparsecontrast.methods.sparse_attn_net import SparseAttnNet
 
 SIDE = 160  # pixels of one panel
-DIM = 0.22  # brightness of what was not read
+DIM = 0.32  # brightness of what was not read
 
 
 @dataclass(frozen=True)
