@@ -5,10 +5,11 @@
 Tasks: ``mixed`` (both labs, other cells of the same labs are tested) and each lab as the unseen one. Five
 seeds, each with a split, weights and batches of its own, the same for all arms. Basophils (4 pictures) are
 left out. ``low`` and ``high`` are 95 % t-intervals over seeds; ``delta`` is macro-F1 minus the CNN's, paired
-by seed. The test cells of two seeds overlap, so the intervals are rather too narrow. The method was shaped on the same 526 pictures: which blocks' attention is distilled, the dither
-and the rule of k were settled after a look at seeds 0 and 1 of other splits of them. ``time_of_cnn`` is the
-CPU time of one picture over the CNN's, one thread, interleaved. Every trained network is one small JSON file
-under ``--out``; what is there is not trained again.
+by seed. The test cells of two seeds overlap, so the intervals are rather too narrow. The method was shaped
+on the same 526 pictures: which blocks' attention is distilled, the dither and the rule of k were settled
+after a look at seeds 0 and 1 of other splits of them. ``time_of_cnn`` is the CPU time of one picture over
+the CNN's, one thread, interleaved. Every trained network is one small JSON file under ``--out``; what is
+there is not trained again.
 """
 
 import argparse
