@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from sparsecontrast.data.cache import Dataset
 
-OWN = ("data", "privacy", "site", "output_dir", "resume")  # the server's word on these is not heard
+OWN = ("data", "privacy", "site", "audit", "output_dir", "resume", "init")  # the server's word is not heard
 # A worker serves many sites and rounds of one run: what they share is made once, one entry each.
 _datasets: dict[str, "Dataset"] = {}
 _names: dict[str, list[str]] = {}
@@ -108,15 +108,16 @@ def addressed(sites: Sequence[Any], config: Mapping[str, Any]) -> Sequence[Any]:
 def training_set(site: Site) -> "Dataset":
     """Return the site's training images and what is known of them.
 
-    Nothing outside the ``train`` split is ever touched here.
+    Nothing outside the ``train`` split is ever touched here, nor a canary who drew tails.
 
     Raises:
         EmptySiteError: no readable training image.
         TooFewImagesError: fewer than ``data.min_images``.
+        ConfigError: ``audit.canaries``, but no coin was tossed.
     """
     dataset = _dataset(site)
     own = dataset.site(site.name) if site.simulated else dataset
-    train = own.split("train")
+    train = own.training(site.config.audit.canaries)
     least = site.config.data.min_images
     if len(train) == 0:
         raise EmptySiteError(f"site {site.name}: no readable training image; see quarantine.csv")

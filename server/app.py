@@ -45,6 +45,7 @@ def run(grid: Grid, words: list[str]) -> None:
     from sparsecontrast.errors import BackboneMismatchError, ConfigError
     from sparsecontrast.methods import build_method
     from sparsecontrast.overrides import join
+    from sparsecontrast.start import load_start
     from sparsecontrast.tensorboard import write_tensorboard
 
     config, words = resolve(words)
@@ -53,8 +54,16 @@ def run(grid: Grid, words: list[str]) -> None:
             f"federation.partition={config.federation.partition}: the sites must be cut before they start. "
             "Run `python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
         )
+    if config.audit.canaries > 0 and config.data.index is None:
+        raise ConfigError(
+            f"audit.canaries={config.audit.canaries}: the coins are tossed before the sites start, in a "
+            "simulation alone. Run `python -m simulation.partition OVERRIDES --out FILE`, then add "
+            "data.index=FILE"
+        )
     Aggregator(config.federation)  # its complaints come before anyone is asked to wait
     method = build_method(config, pretrained=config.resume is None)  # a continued run has its own weights
+    if config.resume is None:
+        load_start(method, config)
     names = sorted(method.shared_parameters())
     weights, strategy = initial_weights(method, names), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -7,10 +7,11 @@ import yaml
 
 from sparsecontrast.config import Config, anchored
 from sparsecontrast.errors import ConfigError
-from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE
+from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, SCORES
 
 RUN_FILES = (
-    CONFIG, METRICS, PARTITION, QUARANTINE, EVALUATION, "report.html", "rounds", "sites", "tensorboard",
+    CONFIG, METRICS, PARTITION, QUARANTINE, EVALUATION, SCORES, "report.html",
+    "rounds", "sites", "tensorboard",
 )  # fmt: skip
 
 

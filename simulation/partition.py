@@ -22,7 +22,7 @@ from sparsecontrast.errors import ConfigError, SparseContrastError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["partition", "partition_table", "plot_partition", "patient_groups"]
+__all__ = ["numbered_patients", "partition", "partition_table", "plot_partition", "patient_groups"]
 
 DRAWS = 100
 """Dirichlet draws before the most even of them is repaired by hand."""
@@ -90,7 +90,7 @@ def _sites_of_images(
     from sparsecontrast.trainer import derive_seed
 
     rng = np.random.Generator(np.random.PCG64(derive_seed(seed, "partition", config.partition)))
-    codes = _patients(frame)
+    codes = numbered_patients(frame)
     counted = np.bincount(codes, weights=(frame["split"] == "train").to_numpy(float)) > 0
     if not counted.any():
         counted[:] = True
@@ -102,7 +102,7 @@ def _sites_of_images(
     return sites.tolist()
 
 
-def _patients(frame: "pd.DataFrame") -> np.ndarray:
+def numbered_patients(frame: "pd.DataFrame") -> np.ndarray:
     """Number the patients, int [N], in the order of their first paths.
 
     Neither the order of the rows has a say nor the pseudonyms, which depend on the site's random key:
@@ -268,12 +268,15 @@ def write(words: Sequence[str], out: Path, plot: Path | None = None, overlap: fl
 
     What the index left out goes to a ``quarantine.csv`` beside it, where ``data.index`` looks for it.
     """
+    from simulation.canaries import toss
     from sparsecontrast.data.cache import load_rows
     from sparsecontrast.data.index import write_index, write_table
 
     config = compose(list(words))
     frame, left_out = load_rows(config.data, anchored(config.output_dir) / "state")
-    frame = partition(frame, config.federation, config.seed, overlap)
+    frame = toss(
+        partition(frame, config.federation, config.seed, overlap), config.audit.canaries, config.seed
+    )
     write_index(frame, out)
     if len(left_out):
         write_table(left_out, out.parent / "quarantine.csv")

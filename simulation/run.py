@@ -69,7 +69,7 @@ def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
     refuse_old_rounds(config)
     if config.resume is None or not (folder / PARTITION).exists():
         _cut(config, folder)
-    if config.federation.partition != "by_site":
+    if config.federation.partition != "by_site" or config.audit.canaries > 0:
         words = overrides.merge(words, [overrides.assign("data.index", folder / PARTITION)])
         config = compose(words)
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
@@ -79,18 +79,19 @@ def _prepare(config: Config, words: list[str], folder: Path) -> list[str]:
 
 
 def _cut(config: Config, folder: Path) -> None:
-    """Give every image its site and tell who got what.
+    """Give every image its site, toss the coins of an audit, and tell who got what.
 
     Raises:
         ConfigError: fewer sites than ``federation.sites``, or an index that was cut in another way.
         PatientLeakError: a patient at two sites, who was not asked for.
     """
+    from simulation.canaries import toss
     from simulation.partition import partition, partition_table
     from sparsecontrast.data.cache import load_rows
     from sparsecontrast.data.index import write_index, write_table
 
     frame, left_out = load_rows(config.data, shared_state_dir(config))
-    frame = partition(frame, config.federation, config.seed)
+    frame = toss(partition(frame, config.federation, config.seed), config.audit.canaries, config.seed)
     wanted, found = config.federation.sites, sorted(set(frame["site"]))
     if len(found) < wanted:
         raise ConfigError(

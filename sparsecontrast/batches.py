@@ -59,21 +59,22 @@ class Views:
 def epoch_batches(
     patients: np.ndarray, config: Config, generator: torch.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Shuffle ``local_epochs`` passes into batches of (rows, partner rows).
+    """Shuffle ``local_epochs`` passes into batches of (rows, partner rows), or as many as ``steps`` takes.
 
     A partner is the row itself, or with ``method.same_patient`` a random image of the same patient
     (MedAug, Vu et al. 2021). A last short batch is dropped unless it is the only one.
     """
     n = len(patients)
     size = min(config.train.batch_size, n)
-    batches = []
-    for _ in range(config.train.local_epochs):
+    batches: list[tuple[np.ndarray, np.ndarray]] = []
+    passes, steps = config.train.local_epochs, config.train.steps
+    for _ in range(passes if steps is None else -(-steps // (n // size))):
         order = torch.randperm(n, generator=generator).numpy()
         for start in range(0, n - size + 1, size):
             rows = np.sort(order[start : start + size])  # ascending rows read a memory map in order
             partners = _partners(rows, patients, generator) if config.method.same_patient else rows
             batches.append((rows, partners))
-    return batches
+    return batches[:steps]
 
 
 def _partners(rows: np.ndarray, patients: np.ndarray, generator: torch.Generator) -> np.ndarray:

@@ -162,6 +162,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"]
     compile: bool
     threads: int
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,15 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Who is held out by chance, and how membership is scored; ``sparsecontrast.membership`` does it."""
+
+    canaries: float
+    views: int
+    delta: float | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, whole. ``overrides`` is what the user said, for the record and for the sites."""
 
@@ -198,11 +208,13 @@ class Config:
     federation: FederationConfig
     site: SiteConfig
     train: TrainConfig
+    audit: AuditConfig
     evaluation: EvaluationConfig
     seed: int
     selection: str
     output_dir: str
     resume: str | None
+    init: str | None
     tensorboard: bool
     experiment: str | None = None
     overrides: tuple[str, ...] = ()
@@ -219,16 +231,43 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
         ConfigError: an unknown group, key or value, with the nearest known names.
     """
     words = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
-    tree = hydra_tree(words)
-    if (
-        tree["method"].get("name") == "sparse_attn_net"
-    ):  # it has other keys, which would only be called unknown
+    tree = {
+        key: value for key, value in hydra_tree(words).items() if key != "sweep"
+    }  # of many runs, not of one
+    if tree["method"].get("name") == "sparse_attn_net":  # its other keys would only be called unknown
         raise ConfigError(
             "method=sparse_attn_net: classifies labelled cells; run `sparsecontrast classify train`"
         )
     config = build(Config, {**tree, "overrides": tuple(words)}, "")
     check(config)
     return config
+
+
+def raw_tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose without checking or resolving anything; ``sparsecontrast.sweeps`` reads the grid in it.
+
+    Raises:
+        ConfigError: an unknown group or key.
+    """
+    return hydra_tree(list(overrides), resolve=False)
+
+
+def alternatives(word: str) -> list[str] | None:
+    """List the overrides that a sweep in Hydra's grammar stands for; None where the word is none.
+
+    Raises:
+        ConfigError: not in Hydra's grammar, or a sweep without an end (``interval``, ``glob``).
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(word)
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{word}: not an override, or a sweep without an end ({reason})") from error
+    return None if values is None else [f"{override.get_key_element()}={value}" for value in values]
 
 
 def check(config: Config) -> None:
@@ -292,7 +331,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     return config
 
 
-def hydra_tree(words: list[str], root: str = "config") -> dict[str, Any]:
+def hydra_tree(words: list[str], root: str = "config", resolve: bool = True) -> dict[str, Any]:
     """Compose ``configs/<root>.yaml`` with overrides into plain values, unchecked.
 
     Raises:
@@ -309,7 +348,8 @@ def hydra_tree(words: list[str], root: str = "config") -> dict[str, Any]:
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             tree = hydra_compose(root, overrides=words, return_hydra_config=False)
-        return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+        found = OmegaConf.to_container(tree, resolve=resolve, throw_on_missing=resolve)
+        return typing.cast(dict[str, Any], found)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # a number longer than Python reads
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"overrides {words}: {reason}. {_choices()}") from error

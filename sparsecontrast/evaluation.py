@@ -27,6 +27,8 @@ from sparsecontrast.features import (
     presented_images,
     trained_round,
 )
+from sparsecontrast.item_scores import Keeper, item_names, write_scores
+from sparsecontrast.membership import membership
 from sparsecontrast.methods.method import Method
 from sparsecontrast.overlays import selection_recall, selection_spread
 from sparsecontrast.progress import progress
@@ -44,7 +46,7 @@ LEARNED = ("surprise", "attention")  # values of ``selection`` that a collapse c
 def evaluate_run(
     run_dir: str | Path, overrides: Sequence[str] = (), show: bool = True, against: Sequence[str | Path] = ()
 ) -> dict[str, Any]:
-    """Score a run and write ``<run_dir>/evaluation.json``.
+    """Score a run and write ``<run_dir>/evaluation.json``, and the scores behind it to ``scores.csv``.
 
     Args:
         run_dir: a run folder with at least one trained round.
@@ -53,8 +55,8 @@ def evaluate_run(
         against: other run folders on the same data, scored beside this one.
 
     Returns:
-        What was written: ``rows`` and ``differences`` of ``scoring.Scorer.rows``, ``budgets``, and
-        how it was made.
+        What was written: ``rows`` and ``differences`` of ``scoring.Scorer.rows``, ``budgets``, what
+        ``membership`` found where ``audit.views`` asks for them, and how it was made.
 
     Raises:
         UntrainedError, PatientLeakError, LabelError, ConfigError: there is nothing honest to score.
@@ -62,7 +64,8 @@ def evaluate_run(
     run = read_run(run_dir, overrides)
     found = trained_round(run)
     dataset = run_dataset(run, show)
-    table = make_table(dataset.frame, run_sites(run, dataset))
+    sites = run_sites(run, dataset)
+    table = make_table(dataset.frame, sites)
     tasks = parse_tasks(run.config.evaluation.tasks, table)
     baselines = Baselines(run, found.number, dataset.images, table, tasks)
     sets, budgets, auto = _feature_sets(baselines, found, against, show)
@@ -70,9 +73,12 @@ def evaluate_run(
     scorer = Scorer(
         evaluation.label_fractions, evaluation.knn_neighbours, evaluation.bootstrap, run.config.seed
     )
+    keep = Keeper(item_names(dataset.frame, run.config.data), max(scorer.fractions))
     total = len(tasks) * len(scorer.fractions) * len(METRICS) * len(sets)
     with progress("Probes", total, show) as tick:
-        rows, differences = scorer.rows(sets, table, tasks, tick)
+        rows, differences = scorer.rows(sets, table, tasks, tick, keep)
+    told, of_patients = membership(run, found, dataset, sites) if run.config.audit.views else (None, {})
+    write_scores(run.folder, {**keep.found, **of_patients})
     method = load_method(run.config, found.tensors)
     result = {
         "version": VERSION, "round": found.number, "seed": run.config.seed,
@@ -83,7 +89,7 @@ def evaluate_run(
         "tasks": [as_dict(vars(t)) for t in tasks], "bootstrap": evaluation.bootstrap,
         "budgets": {name: vars(b) for name, b in budgets.items()},
         "versions": versions(), "rows": rows, "differences": differences,
-        "selection": _selection(run, method, dataset),
+        "selection": _selection(run, method, dataset), "membership": told,
     }  # fmt: skip
     write_bytes(run.folder / EVALUATION, json.dumps(result, indent=1, allow_nan=False).encode())
     return result

@@ -4,6 +4,7 @@ The baselines, each on the same images and probes:
 
 - ``pixels``: the image area-averaged to 16 x 16. What acquisition and brightness alone give away.
 - ``random_init``: the same network, never trained, not even elsewhere.
+- ``start``: the weights of round 0; another thing where the run started from given ones.
 - ``local_only``: every site trains alone, as many rounds and local epochs as the federation had.
 - ``centralised``: one trainer sees all training images, which no federation may; as many rounds,
   and in each round as many images as the sites together presented (a fresh seeded draw of images
@@ -147,6 +148,9 @@ class Baselines:
             return Features(name, (downsampled_pixels(self.images),)), None
         if name == "random_init":
             return Features(name, (encode(self.run.config, None, self.images, tick, name),)), None
+        if name == "start":
+            weights = read_round(self.run.folder, 0).tensors
+            return Features(name, (encode(self.run.config, weights, self.images, tick, name),)), None
         models, sites, presented = [], [], 0
         for site in self._models(name):
             try:
@@ -176,7 +180,7 @@ class Baselines:
 
     def _training_rows(self, site: str) -> np.ndarray:
         """Training images of one site, or of all sites that gave the run a round."""
-        train = self.table.splits == "train"
+        train = (self.table.splits == "train") & ~self.table.held_out
         if site:
             return np.flatnonzero(train & (self.table.sites == site))
         gave = {r["site"] for r in self.run.sites if r.get("status", "ok") == "ok"}
@@ -197,7 +201,9 @@ class Baselines:
             return {n: t for n, t in kept.items() if n != "images"}, int(kept["images"])
         except CheckpointError:
             pass  # not there yet, or torn by a crash: train it
-        trainer = LocalTrainer(_started(self.run), config, name)
+        # a number of steps is a site's; one trainer for all sees as many images as they did together
+        train = config.train if site else dataclasses.replace(config.train, steps=None)
+        trainer = LocalTrainer(_started(self.run), dataclasses.replace(config, train=train), name)
         seen = 0
         for number in range(1, self.rounds + 1):
             chosen = _draw(config, len(rows), number, quotas)
@@ -241,7 +247,7 @@ def _fingerprint(
 
 def _started(run: Run):
     """Build the method as the run started; its start weights lie in round 0, their file may be gone."""
-    if not run.config.backbone.pretrained:
+    if not run.config.backbone.pretrained and run.config.init is None:
         return build_method(run.config)
     return load_method(run.config, read_round(run.folder, 0).tensors)
 

@@ -19,6 +19,7 @@ NAMES = {
     "pretrained": f"trained at one place {THIS}",
     "pixels": "raw 16 × 16 pixels",
     "random_init": "untrained network",
+    "start": "the weights it started from",
     "local_only": "each hospital alone",
     "centralised": "all images in one place",
 }
@@ -190,7 +191,26 @@ def print_results(evaluation: Mapping[str, Any]) -> None:
         console.print(table)
     if sentence := auto_sentence(evaluation):
         console.print(escape(sentence))
+    for sentence in membership_sentences(evaluation):
+        console.print(escape(sentence))
     console.print(f"95 % intervals over patients; {evaluation['scored_split']} split; 0.5 is guessing")
+
+
+def membership_sentences(evaluation: Mapping[str, Any]) -> list[str]:
+    """Say how well the weights tell who was trained on, and what that proves; nothing where not asked."""
+    told = evaluation.get("membership") or {"rows": [], "canaries": None}
+    said = [
+        f"Membership, {r['members']} patients trained on against {r['others']} others ({r['against']}), "
+        f"score {r['score']}: AUROC {figure(r)}"
+        for r in told["rows"]
+    ]
+    if found := told["canaries"]:
+        said.append(
+            f"Audit of {found['canaries']} canaries: epsilon is at least {found['epsilon']:.2f} at delta "
+            f"{found['delta']:g} (confidence {found['confidence']:g}; no more than "
+            f"{found['ceiling']:.2f} could be proved)"
+        )
+    return said
 
 
 def headline_table(evaluation: Mapping[str, Any], question: Question, metric: str) -> list[list[str]]:

@@ -21,6 +21,7 @@ from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
 from sparsecontrast.resume import refuse_old_rounds, resolve
 from sparsecontrast.runs import CONFIG, METRICS
+from sparsecontrast.start import load_start
 from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import LocalTrainer, TrainResult
 from sparsecontrast.trainers import build_trainer
@@ -55,6 +56,8 @@ def pretrain(config: Config, show: bool = True) -> Path:
     refuse_old_rounds(config)
     config = dataclasses.replace(config, resume=None)  # no word of it in the record
     method = build_method(config, pretrained=not resumed)  # a round's weights follow
+    if not resumed:
+        load_start(method, config)
     own, site = _training_set(config, folder, show), config.site.name or TOGETHER
     key = _run_key(folder) if resumed else secrets.token_hex(16)
     trainer = build_trainer(
@@ -90,7 +93,8 @@ def _run_key(folder: Path) -> str:
 def _training_set(config: Config, folder: Path, show: bool) -> "Dataset":
     cache = anchored(config.data.cache_dir) if config.data.cache_dir else folder / "cache"
     dataset = load_dataset(config, cache, shared_state_dir(config), progress=show)
-    own = (dataset.site(config.site.name) if config.site.name else dataset).split("train")
+    own = dataset.site(config.site.name) if config.site.name else dataset
+    own = own.training(config.audit.canaries)
     if len(own) < config.data.min_images:
         name, least = config.site.name or "the data", config.data.min_images
         raise TooFewImagesError(f"{name}: {len(own)} training images, data.min_images={least}")

@@ -79,12 +79,16 @@ RANGES: dict[str, Bounds] = {
     "federation.workers": (1, 1024, "[]"),
     "train.batch_size": (2, MANY, "[]"),  # contrast needs two images
     "train.local_epochs": COUNT,
+    "train.steps": COUNT,
     "train.lr": (0, INF, "()"),
     "train.weight_decay": WEIGHT,
     "train.warmup_rounds": SHARE,
     "train.crop_area": (0, 1, "(]"),
     "train.rotation": (0, 45, "[]"),
     "train.threads": (1, 1024, "[]"),
+    "audit.canaries": SHARE,
+    "audit.views": (0, 1000, "[]"),
+    "audit.delta": (0, 1, "()"),
     "evaluation.auto.confidence": (0, 1, "()"),
     "evaluation.auto.tolerance": (0, 2, "[]"),  # of a cosine distance
     "evaluation.label_fractions": (0, 1, "(]"),

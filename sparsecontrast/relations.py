@@ -12,7 +12,7 @@ from sparsecontrast.ranges import MAX_STEPS
 if TYPE_CHECKING:
     from sparsecontrast.config import Config
 
-BASELINES = ("pixels", "random_init", "local_only", "centralised")
+BASELINES = ("pixels", "random_init", "start", "local_only", "centralised")
 """What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
 
 CHOSEN = ("delta", "noise_multiplier", "public_patients", "insecure_seed")
@@ -99,6 +99,16 @@ def _relations(config: "Config") -> Relations:
         (
             len(t.crop_area) == 2 and t.crop_area[0] <= t.crop_area[1],
             f"train.crop_area={list(t.crop_area)}: must be [low, high] with 0 < low <= high <= 1",
+        ),
+        (
+            config.audit.views == 0 or m.name == "patch_contrast",
+            f"audit.views={config.audit.views}: method={m.name} has no loss of a single image, so membership "
+            "has no score; use method=patch_contrast",
+        ),
+        (
+            config.init is None or not config.backbone.pretrained,
+            f"init={config.init}, backbone.pretrained={config.backbone.pretrained}: both say where the "
+            "backbone starts; leave one of them out",
         ),
         (
             f.min_sites <= f.sites,

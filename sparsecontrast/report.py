@@ -195,8 +195,9 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     b, d, f, m, t = (getattr(run.config, n) for n in ("backbone", "data", "federation", "method", "train"))
     parts = f"{b.tiles}x{b.tiles} tiles" if b.tiles else f"patch {b.patch_size}"
     depth = f", depth {b.depth}" if b.depth else ""
-    start = ", from pretrained weights" if b.pretrained else ""
+    start = ", from pretrained weights" if b.pretrained or run.config.init else ""
     epochs = "1 local epoch" if t.local_epochs == 1 else f"{t.local_epochs} local epochs"
+    epochs = epochs if t.steps is None else f"{t.steps} steps a round"
     return [
         ("method", f"{m.name}, keep {m.keep:g}, selection {m.selection}"),
         ("backbone", f"{b.name}, {b.img_size} px, {parts}{depth}{start}"),

@@ -13,7 +13,8 @@ from sparsecontrast.runs import CONFIG, read_saved
 
 # what a continued run may change; everything else decides the weights, or who may see what
 FREE = (
-    "resume", "output_dir", "overrides", "experiment", "tensorboard", "evaluation", "data.cache_dir",
+    "resume", "output_dir", "overrides", "experiment", "tensorboard", "evaluation",
+    "audit.views", "audit.delta", "data.cache_dir",
     "federation.rounds", "federation.workers", "federation.round_timeout", "federation.connect_timeout",
 )  # fmt: skip
 

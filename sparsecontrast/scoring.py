@@ -54,7 +54,12 @@ class Scorer:
     seed: int
 
     def rows(
-        self, features: Sequence[Features], table: Table, tasks: Sequence[Task], tick: Callable[[str], None]
+        self,
+        features: Sequence[Features],
+        table: Table,
+        tasks: Sequence[Task],
+        tick: Callable[[str], None],
+        keep: "Keep | None" = None,
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Score everything; the second list holds the first feature set minus each other one.
 
@@ -63,6 +68,7 @@ class Scorer:
             table: aligned with the features' rows.
             tasks: from ``parse_tasks``.
             tick: called with a word once a (feature set, task, fraction, metric) is done.
+            keep: called with the cells of each, their scores in them.
         """
         rows, differences = [], []
         for task in tasks:
@@ -72,6 +78,8 @@ class Scorer:
                     for one in features:
                         cells[one.name] = self.cells(one, task, table, fraction, metric)
                         rows += [self._row(one.name, task, fraction, metric, c) for c in cells[one.name]]
+                        if keep is not None:
+                            keep(one.name, task, fraction, metric, cells[one.name])
                         tick(f"{one.name}: {task.name}, {fraction:.0%} of the labels")
                     if metric == METRICS[0]:
                         differences += self._differences(cells, task, fraction, metric)
@@ -171,7 +179,10 @@ class _Label:
 
 @dataclass(frozen=True)
 class Cell:
-    """One label or macro at one site; ``scored`` is empty where ``reason`` says why."""
+    """One label or macro at one site; ``scored`` is empty where ``reason`` says why.
+
+    ``rows`` says of each of ``scored`` which rows of the table it holds.
+    """
 
     label: str
     site: str
@@ -181,6 +192,10 @@ class Cell:
     positives: int
     trained: int
     reason: str | None
+    rows: tuple[np.ndarray, ...] = ()
+
+
+Keep = Callable[[str, Task, float, str, list[Cell]], None]
 
 
 def _sites(task: Task, table: Table) -> list[str]:
@@ -219,7 +234,7 @@ def _cut(label: str, site: str, cut: bool, found: _Label, one: Features, table: 
     if not used.any():
         return Cell(label, site, (), *counts, "not computable: no model was trained at these sites")
     scored = Scored(found.scores[used][:, here], truth, patients, found.strata[here], weights[used])
-    return Cell(label, site, (scored,), *counts, None)
+    return Cell(label, site, (scored,), *counts, None, (rows,))
 
 
 def _why_not_here(truth: np.ndarray, strata: np.ndarray | None) -> str | None:
@@ -248,4 +263,5 @@ def _macro(site: str, parts: list[Cell]) -> Cell:
     largest = max(parts, key=lambda p: p.images)
     counts = (largest.patients, largest.images, sum(p.positives for p in usable), largest.trained)
     reason = None if usable else f"not computable: none of {len(parts)} labels can be judged"
-    return Cell(MACRO, site, tuple(s for p in usable for s in p.scored), *counts, reason)
+    scored, rows = tuple(s for p in usable for s in p.scored), tuple(r for p in usable for r in p.rows)
+    return Cell(MACRO, site, scored, *counts, reason, rows)

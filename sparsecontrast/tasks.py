@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsecontrast.data.dataset import held_out
 from sparsecontrast.errors import ConfigError, LabelError, PatientLeakError
 from sparsecontrast.probes import patient_folds
 
@@ -46,6 +47,7 @@ class Table:
         sites: where each image lay in training.
         sources: where it was taken; differs from ``sites`` when small sources were merged.
         splits: train, val or test.
+        held_out: whether chance kept an image of the split train from being trained on.
         labels: 1, 0 or NaN (not labelled), by name.
     """
 
@@ -53,6 +55,7 @@ class Table:
     sites: np.ndarray
     sources: np.ndarray
     splits: np.ndarray
+    held_out: np.ndarray
     labels: Mapping[str, np.ndarray]
 
     @property
@@ -86,6 +89,7 @@ def make_table(frame: "pd.DataFrame", sites: Sequence[str] | None = None) -> Tab
         sites=np.array(frame["site"] if sites is None else sites, dtype=str),
         sources=source.to_numpy(dtype=str),
         splits=splits,
+        held_out=held_out(frame),
         labels={
             str(c).removeprefix("label_"): frame[c].to_numpy(dtype=float)
             for c in frame.columns

@@ -80,7 +80,7 @@ class LocalTrainer:
         rounds: int,
         proximal_mu: float = 0.0,
     ) -> TrainResult:
-        """Train ``local_epochs`` passes over the site's images.
+        """Train ``local_epochs`` passes over the site's images, or ``steps`` batches.
 
         Args:
             images: uint8 [N, S, S]; may be memory-mapped.

@@ -167,6 +167,10 @@ def test_select_takes_masks_and_numbers_in_their_order(tmp_path, config):
     assert codes.dtype == np.int64
     same = data.frame["patient_id"].to_numpy()[:, None] == data.frame["patient_id"].to_numpy()
     assert ((codes[:, None] == codes) == same).all()
+    # another key of pseudonyms orders them otherwise, and a seed must draw the same patients
+    others = data.frame["patient_id"].map({f"p{i}": f"p{9 - i}" for i in range(4)})
+    renamed = dataclasses.replace(data, frame=data.frame.assign(patient_id=others))
+    assert (codes == renamed.patient_codes).all()
 
 
 def test_unknown_site_names_the_known_ones(tmp_path, config):

@@ -172,6 +172,21 @@ def test_every_image_is_seen_once_an_epoch():
     assert sorted(int(r) for rows, _ in pairs for r in rows) == list(range(24))
 
 
+@pytest.mark.parametrize(("steps", "local_epochs"), [(1, 5), (3, 1), (7, 2)])
+def test_steps_are_counted_whatever_the_images(steps, local_epochs):
+    words = [*TINY, f"train.steps={steps}", f"train.local_epochs={local_epochs}"]
+    for count in (5, 24, 29):
+        pairs = epoch_batches(np.arange(count), compose(words), torch.Generator().manual_seed(0))
+        assert [len(rows) for rows, _ in pairs] == [min(8, count)] * steps
+        first = [int(r) for rows, _ in pairs[: count // 8] for r in rows]
+        assert len(set(first)) == len(first)  # an image comes again once a pass is over
+    passes = epoch_batches(np.arange(24), compose(TINY), torch.Generator().manual_seed(0))
+    counted = epoch_batches(
+        np.arange(24), compose([*TINY, "train.steps=3"]), torch.Generator().manual_seed(0)
+    )
+    assert all((a[0] == b[0]).all() for a, b in zip(passes, counted, strict=True))
+
+
 def test_learning_rate_rises_then_falls_to_zero():
     factors = [lr_factor(x / 10, 10, 0.1) for x in range(0, 101)]
     assert factors[0] < 0.05 and factors[10] == pytest.approx(1, abs=1e-2) and factors[-1] == pytest.approx(0)

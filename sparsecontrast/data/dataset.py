@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparsecontrast.data.decode import placement
-from sparsecontrast.errors import EmptySiteError
+from sparsecontrast.errors import ConfigError, EmptySiteError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LABEL = "label_"  # prefix of label columns in an index
+CANARY = "canary"  # column of an index whose patients tossed coins: in, out, or empty
+HELD_OUT = "out"
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,15 @@ class Dataset:
 
     @property
     def patient_codes(self) -> np.ndarray:
-        """One int64 code an image, equal for equal patients; meaningless outside this data set."""
-        return np.unique(self.frame["patient_id"].to_numpy(dtype=str), return_inverse=True)[1].astype(
-            np.int64
+        """One int64 code an image, equal for equal patients; meaningless outside this data set.
+
+        Patients are numbered by their first row, not by pseudonyms: these depend on the site's random key,
+        and draws of patients by a seed must not.
+        """
+        _, first, codes = np.unique(
+            self.frame["patient_id"].to_numpy(dtype=str), return_index=True, return_inverse=True
         )
+        return np.argsort(np.argsort(first))[codes].astype(np.int64)
 
     def select(self, rows: np.ndarray | Sequence[int] | Sequence[bool]) -> Dataset:
         """Keep rows given by a boolean mask [N] or by numbers, in that order.
@@ -84,6 +91,26 @@ class Dataset:
     def split(self, name: str) -> Dataset:
         """Keep train, val or test; may be empty."""
         return self.select((self.frame["split"] == name).to_numpy())
+
+    def training(self, canaries: float = 0.0) -> Dataset:
+        """Keep what may be trained on: the split train, less the canaries who drew tails; may be empty.
+
+        Raises:
+            ConfigError: ``canaries`` is a share, but no coin was tossed: nobody would be held out.
+        """
+        if canaries > 0 and CANARY not in self.frame:
+            raise ConfigError(
+                f"audit.canaries={canaries}: the index has no column {CANARY}; run it with `python -m "
+                "simulation`, or make the index with `python -m simulation.partition`"
+            )
+        return self.select((self.frame["split"] == "train").to_numpy() & ~held_out(self.frame))
+
+
+def held_out(frame: pd.DataFrame) -> np.ndarray:
+    """Whether each image, bool [N], is of a canary who drew tails."""
+    if CANARY not in frame:
+        return np.zeros(len(frame), dtype=bool)
+    return (frame[CANARY] == HELD_OUT).to_numpy(dtype=bool)
 
 
 def cached_boxes(
