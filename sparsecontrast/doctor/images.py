@@ -67,7 +67,7 @@ def _left_out(kept: int, left_out: "pd.DataFrame") -> Finding:
         return Finding("ok", "quarantine", told)
     level = "FAIL" if share > QUARANTINE[1] else "warn"
     reason = left_out["reason"].astype(str).value_counts().index[0][:80]  # reasons name no file
-    return Finding(level, "quarantine", f"{told}, most often: {reason}", "see quarantine.csv in state_dir")
+    return Finding(level, "quarantine", f"{told}, most often: {reason}", "see quarantine.csv below state_dir")
 
 
 def _pixels(train: "pd.DataFrame", sheet: Path) -> Finding:
