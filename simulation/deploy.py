@@ -7,6 +7,7 @@ below one folder; when it ends, in whatever way, no process of it is left.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -15,8 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,9 +36,11 @@ NAME = "loopback"
 TINY = (
     "backbone.img_size=32", "backbone.patch_size=4", "backbone.depth=1", "method.projection_hidden=32",
     "method.projection_dim=16", "train.batch_size=4", "federation.rounds=2",
+    "federation.round_timeout=600",
 )  # fmt: skip
 MARK = "SPARSECONTRAST_DEPLOYMENT"  # in the environment of every process, by which it is found again
 START_SECONDS = 120
+RUN_SECONDS = 1800
 STOP_SECONDS = 15
 
 
@@ -66,7 +70,8 @@ class Deployment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        with _deaf():  # a second Ctrl-C must not leave half of it running
+            self.stop()
 
     def provision(self) -> None:
         """Write ``sites.yaml`` with free ports, and make everything of it."""
@@ -147,13 +152,16 @@ class Deployment:
         """Run a script of the server's kit; returns what it printed.
 
         Raises:
-            FederationError: it failed.
+            FederationError: it failed, or did not end.
         """
-        done = subprocess.run(
-            ["sh", str(self.kits.server / script), *arguments], stdin=subprocess.DEVNULL, text=True,
-            stdout=None if show else subprocess.PIPE, stderr=subprocess.STDOUT, env=self.environment,
-            start_new_session=True, check=False,
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                ["sh", str(self.kits.server / script), *arguments], stdin=subprocess.DEVNULL, text=True,
+                stdout=None if show else subprocess.PIPE, stderr=subprocess.STDOUT, env=self.environment,
+                start_new_session=True, check=False, timeout=RUN_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise FederationError(f"{script} {' '.join(arguments[:2])}: no end in {RUN_SECONDS} s") from error
         if done.returncode:
             raise FederationError(f"{script} {' '.join(arguments[:2])}: {done.stdout or done.returncode}")
         return done.stdout or ""
@@ -168,11 +176,12 @@ class Deployment:
         return self.status()
 
     def status(self) -> str:
-        """Return the newest run's status when it has ended."""
+        """Return the newest run's status when it has ended; the stream of its log may end before it."""
+        deadline = time.monotonic() + RUN_SECONDS
         while True:
             printed = self.tell("flower.sh", "list", NAME, "--format", "json")
             status = str(json.loads(printed)["runs"][0]["status"])
-            if status.startswith("finished"):
+            if status.startswith("finished") or time.monotonic() > deadline:
                 return status
             time.sleep(1)
 
@@ -286,6 +295,20 @@ def _signal(pid: int, sent: signal.Signals) -> None:
         os.kill(pid, sent)
     except ProcessLookupError:
         return
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Hear no signal within; only the main thread hears any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
 
 
 def _until(done: Any, seconds: float) -> None:

@@ -40,7 +40,7 @@ def provision(options: argparse.Namespace) -> None:
     elif options.name == "server":
         print(f"{change.rotate_server(out) / 'server.pem'}: restart the SuperLink, reload the proxy")
     else:
-        print(f"{change.rotate_site(out, options.name) / 'node.key'}: hand it to the site, restart its node")
+        print(f"{change.rotate_site(out, options.name)}: hand node.key to the site, restart its node")
     if options.apply:
         print(change.apply(out), end="")
     elif options.what in CHANGES and options.name != "server":
@@ -57,6 +57,9 @@ def _provision(options: argparse.Namespace) -> None:
     plan = read_plan(path)
     folders = make(plan, path.read_bytes(), options.out)
     rows = [["ca", str(folders.root / "ca"), "keep it offline"], ["server", str(folders.server), ""]]
-    rows += [[site.name, str(folders.site(site.name)), "has its private key"] for site in plan.sites]
+    rows += [
+        [site.name, str(folders.site(site.name)), "" if site.public_key else "has its private key"]
+        for site in plan.sites
+    ]
     print_table(["for", "folder", ""], rows)
     print(f"what to do with them: {folders.root / 'RUNBOOK.md'}")

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -133,6 +134,21 @@ def site_key(name: str) -> tuple[bytes, bytes]:
     )
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return private, public + f" {name}\n".encode()
+
+
+def public_key(text: str, where: str) -> bytes:
+    """Read the public key of a pair that a hospital made itself.
+
+    Raises:
+        ConfigError: it is none of ECDSA P-384.
+    """
+    try:
+        key = serialization.load_ssh_public_key(text.strip().encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{where}: no public key in OpenSSH's format ({error})") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(f"{where}: must be ECDSA P-384: ssh-keygen -t ecdsa -b 384 -N '' -f node.key")
+    return text.strip().encode() + b"\n"
 
 
 def fingerprint(public: bytes) -> str:

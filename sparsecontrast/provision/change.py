@@ -46,14 +46,17 @@ def rotate_site(out: Path, name: str) -> Path:
     """Give a site a new key, and take the old one out of use; returns its kit.
 
     Raises:
-        ConfigError: no such site, or it was revoked.
+        ConfigError: no such site, it was revoked, or its own public key in ``sites.yaml`` is still the old.
         StorageError: the disk does not take it.
     """
-    folders, _ = _opened(out)
+    folders, plan = _opened(out)
     kit = folders.site(name)
-    if not (kit / "node.key").exists():
+    if not (kit / "node.pub").exists():
         raise ConfigError(f"{kit}: no kit with a key; was {name!r} revoked? `provision add {name}` makes one")
-    known = write_site_key(name, kit, folders.keys)
+    site = plan.site(name)
+    if site.public_key is not None and site.public_key.split()[1] in (kit / "node.pub").read_text():
+        raise ConfigError(f"{name!r} makes its keys itself: put its new public_key into {out / PLAN} first")
+    known = write_site_key(site, kit, folders.keys)
     for key in _keys(folders, name):
         if key != known:
             _move(key, folders.revoked)

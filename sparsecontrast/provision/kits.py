@@ -19,6 +19,7 @@ from sparsecontrast.provision.authority import (
     Authority,
     fingerprint,
     new_authority,
+    public_key,
     read_authority,
     server_pem,
     site_key,
@@ -117,15 +118,23 @@ def write_site(plan: Plan, site: PlannedSite, authority: Authority, kit: Path, k
     _write(kit, "supernode.service", "service", more | unit | {"writes": writes})
     volumes = [(site.state_dir, ""), *((path, ":ro") for path in _data_paths(site))]
     _write(kit, "compose.yaml", "compose.yaml", more | unit | {"service": "supernode", "volumes": volumes})
-    write_site_key(site.name, kit, keys)
+    write_site_key(site, kit, keys)
 
 
-def write_site_key(name: str, kit: Path, keys: Path) -> Path:
-    """Make a key pair for a site: first the server learns it, then the site holds it; returns the former."""
-    private, public = site_key(name)
-    known = keys / f"{name}.{fingerprint(public)}.pub"
+def write_site_key(site: PlannedSite, kit: Path, keys: Path) -> Path:
+    """Make a key pair for a site, unless it has its own: first the server learns it, then the site holds it.
+
+    Returns:
+        The public key among the server's.
+    """
+    if site.public_key is not None:
+        private, public = None, public_key(site.public_key, f"sites.{site.name}.public_key")
+    else:
+        private, public = site_key(site.name)
+    known = keys / f"{site.name}.{fingerprint(public)}.pub"
     write_bytes(known, public)
-    write_bytes(kit / "node.key", private, SECRET)
+    if private is not None:
+        write_bytes(kit / "node.key", private, SECRET)
     write_bytes(kit / "node.pub", public)
     return known
 

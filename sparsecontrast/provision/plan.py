@@ -9,6 +9,7 @@ from typing import Any
 
 from sparsecontrast.config import Config, check, compose
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.provision.authority import public_key
 from sparsecontrast.ranges import check_range
 from sparsecontrast.site_file import EgressPolicy, parse_site_file
 from sparsecontrast.structure import build
@@ -53,6 +54,7 @@ class PlannedSite:
         egress: how answers leave.
         bind: ``127.x.y.z:port`` on which the SuperNode talks to its own client processes.
         health: ``127.x.y.z:port`` of its gRPC health service.
+        public_key: in OpenSSH's format, of a pair that the hospital made itself; null makes one for it.
     """
 
     name: str
@@ -61,6 +63,7 @@ class PlannedSite:
     egress: EgressPolicy = EgressPolicy()
     bind: str = "127.0.0.1:9095"
     health: str = "127.0.0.1:9096"
+    public_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,8 @@ def _check_site(site: PlannedSite) -> None:
     _check_path(f"{where}.state_dir", site.state_dir)
     _check_loopback(f"{where}.bind", site.bind)
     _check_loopback(f"{where}.health", site.health)
+    if site.public_key is not None:
+        public_key(site.public_key, f"{where}.public_key")
     site_config(site)
 
 
