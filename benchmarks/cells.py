@@ -43,6 +43,11 @@ TASKS = {
     "unseen tecom_jiangxi": ("cells.train_labs=[bccd]", "cells.test_labs=[tecom_jiangxi]"),
     "unseen bccd": ("cells.train_labs=[tecom_jiangxi]", "cells.test_labs=[bccd]"),
 }
+SCORES = (
+    "seeds", "macro_f1", "macro_f1_low", "macro_f1_high", "accuracy", "delta", "delta_low", "delta_high",
+    "each_seed",
+)  # fmt: skip
+COSTS = ("parameters", "mflops", "pixels_read", "seconds", "time_of_cnn_1", "time_of_cnn_32", "ms_1", "ms_32")
 FULL = ("train.epochs=100", "train.patience=100")
 QUICK = ("train.epochs=2",)
 
@@ -60,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     found.append(_once(args, cells, task, seed, arm))
                     print(found[-1], flush=True)
     rows = summarise(found, latency(args, cells))
-    print_table("Cells: macro-F1 and accuracy, mean over seeds", rows)
+    narrow = ("task", "arm", *SCORES), ("task", "arm", *COSTS)
+    for title, keys in zip(("Cells: mean over seeds", "Cells: what it costs"), narrow, strict=True):
+        print_table(title, [{key: row[key] for key in keys if key in row} for row in rows])
     if args.json:
         command = f"python -m benchmarks.cells{' --quick' if args.quick else ''}"
         write_result("cells", command, rows, args.json)
