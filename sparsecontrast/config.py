@@ -18,6 +18,10 @@ from sparsecontrast.relations import check_relations
 from sparsecontrast.structure import build
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+OWN_COMMANDS = {
+    "sparse_attn_net": "classifies labelled cells; run `sparsecontrast classify train`",
+    "a2a": "trains on one acquisition as it denoises it; run sparsecontrast denoise FILE.npz --out DIR",
+}
 
 
 @dataclass(frozen=True)
@@ -234,10 +238,9 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     tree = {
         key: value for key, value in hydra_tree(words).items() if key != "sweep"
     }  # of many runs, not of one
-    if tree["method"].get("name") == "sparse_attn_net":  # its other keys would only be called unknown
-        raise ConfigError(
-            "method=sparse_attn_net: classifies labelled cells; run `sparsecontrast classify train`"
-        )
+    name = tree["method"].get("name")
+    if name in OWN_COMMANDS:  # they have other keys, which would only be called unknown
+        raise ConfigError(f"method={name}: {OWN_COMMANDS[name]}")
     config = build(Config, {**tree, "overrides": tuple(words)}, "")
     check(config)
     return config
@@ -268,6 +271,16 @@ def alternatives(word: str) -> list[str] | None:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{word}: not an override, or a sweep without an end ({reason})") from error
     return None if values is None else [f"{override.get_key_element()}={value}" for value in values]
+
+
+def compose_method(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Compose the keys of a method that has its own loop, such as ``a2a``, without its name.
+
+    Raises:
+        ConfigError: an unknown group or key.
+    """
+    tree = hydra_tree([f"method={name}", *overrides])["method"]
+    return {key: value for key, value in tree.items() if key != "name"}
 
 
 def check(config: Config) -> None:

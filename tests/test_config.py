@@ -11,6 +11,7 @@ from sparsecontrast.config import (
     anchored,
     as_dict,
     compose,
+    compose_method,
     site_state_dir,
     split_overrides,
 )
@@ -162,7 +163,8 @@ def test_the_ends_of_a_range_belong_to_it_or_not():
             check_range("x", number, (0, 1, ends))
 
 
-CHOICES = sorted(CONFIG_DIR.glob("*/*.yaml"))
+OWN_LOOP = CONFIG_DIR / "method" / "a2a.yaml"  # trains when it is used, never before
+CHOICES = sorted(set(CONFIG_DIR.glob("*/*.yaml")) - {OWN_LOOP})
 
 
 @pytest.mark.parametrize("path", CHOICES, ids=lambda p: f"{p.parent.name}={p.stem}")
@@ -177,6 +179,15 @@ def test_a_classifier_is_told_from_a_pretraining_method():
         compose("method=sparse_attn_net")
     with pytest.raises(ConfigError, match=r"method=dense_contrast: pretrains without labels"):
         compose_classify("method=dense_contrast")
+
+
+def test_a_method_with_a_loop_of_its_own_is_no_run_and_names_its_command():
+    assert OWN_LOOP.exists()
+    with pytest.raises(ConfigError, match="sparsecontrast denoise FILE.npz"):
+        compose("method=a2a")
+    assert compose_method("a2a", ["seed=3", "method.steps=7"])["seed"] == 3
+    with pytest.raises(ConfigError, match="strps"):
+        compose_method("a2a", ["method.strps=7"])
 
 
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "experiment").glob("*.yaml")), ids=lambda p: p.stem)

@@ -24,6 +24,9 @@ DOORS = {
     "onnxruntime": ("sparsecontrast/export_onnx.py",),
     "onnxscript": ("sparsecontrast/export_onnx.py",),
     "pydicom": ("sparsecontrast/data/images.py", "sparsecontrast/data/index.py"),
+    "h5py": ("sparsecontrast/ultrasound/acquisition.py",),
+    "skimage": ("benchmarks/denoisers.py",),
+    "bm3d": ("benchmarks/denoisers.py",),
     "hydra": ("sparsecontrast/config.py",),
     "omegaconf": ("sparsecontrast/config.py",),
 }
@@ -34,6 +37,7 @@ FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "s
 DATA = ("sparsecontrast.data",)
 MODELS = ("sparsecontrast.models",)
 METHODS = (*MODELS, "sparsecontrast.losses", "sparsecontrast.methods")
+ULTRASOUND = ("sparsecontrast.ultrasound",)
 BOOK = ("sparsecontrast.errors",) + tuple(
     f"sparsecontrast.{name}" for name in ("accounting", "chain", "cohorts", "policy")
 )
@@ -60,7 +64,8 @@ ROOMS = {
     "sparsecontrast/data/": (*ERRORS, *DATA),
     "sparsecontrast/models/": (*ERRORS, *MODELS, "sparsecontrast.levels"),
     "sparsecontrast/losses.py": ERRORS,
-    "sparsecontrast/methods/": (*ERRORS, *METHODS),
+    "sparsecontrast/ultrasound/": (*ERRORS, *ULTRASOUND),
+    "sparsecontrast/methods/": (*ERRORS, *METHODS, *ULTRASOUND),
     "sparsecontrast/cohorts.py": ("sparsecontrast.errors", "sparsecontrast.accounting"),
     "sparsecontrast/policy.py": ("sparsecontrast.errors", "sparsecontrast.config"),
     "sparsecontrast/chain.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
