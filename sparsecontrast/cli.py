@@ -114,6 +114,19 @@ def _export(options: argparse.Namespace) -> None:
     print(f"{options.out}: round {record['round']}, {cells}, every file checked against the run")
 
 
+def _denoise(options: argparse.Namespace) -> None:
+    from sparsecontrast.denoising import denoise_file
+
+    metrics = denoise_file(options.file, options.out, options.overrides)
+    head = ["image", "gCNR", "CNR", "speckle SNR", "contrast, dB"]
+    keys = ("gcnr", "cnr", "speckle_snr", "contrast_db")
+    if metrics["regions"]:
+        print_table(head, [[r["image"], *(f"{r[key]:.3g}" for key in keys)] for r in metrics["regions"]])
+    if metrics["only_noise"]:
+        print("the apertures share next to nothing: this may be noise alone", file=sys.stderr)
+    print(f"{options.out / 'report.html'}: {metrics['steps']} steps, {metrics['seconds']:.0f} s")
+
+
 def _share(text: str) -> str | float:
     # auto is known, and refused by the export with a reason
     return text if text in ("dense", "sparse", "auto") else float(text)
@@ -201,6 +214,13 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "tell cells apart from a few of their pixels: train, and judge"
     classify_commands.classify_options(_command(commands, "classify", None, text))
+
+    denoising = _command(commands, "denoise", _denoise, "denoise one ultrasound acquisition, by itself alone")
+    denoising.add_argument("file", type=Path, metavar="FILE.npz", help="sub-aperture images or channel data")
+    denoising.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of configs/method/a2a.yaml")
+    denoising.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for images and report.html"
+    )
 
     text = "tell what privacy was spent, and plan what may be"
     site_commands.budget_options(_command(commands, "budget", site_commands.budget, text))

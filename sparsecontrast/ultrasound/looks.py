@@ -17,7 +17,8 @@ Real = NDArray[np.float64]
 WINDOW = (24.0, 12.0)  # pixels, axial and lateral: over which a mean frequency is taken to be one
 MIN_SIDE = 16
 QUIET, QUIET_WINDOW = 0.1, 8.0  # share of the pixels, and pixels over which power is averaged
-BARE = 0.9  # of the power is unshared: an image of noise, in which quiet places are mere chance
+BARE = 0.9  # of the power that apertures do not share, beyond which there may be noise alone,
+EVEN = 0.7  # if the quiet places have this share of the mean power (two far apertures share no echo either)
 
 
 def as_apertures(images: NDArray) -> Complex:
@@ -76,17 +77,18 @@ def noise_power(apertures: Complex) -> float:
     By the van Cittert-Zernike theorem the covariance of echoes falls linearly with the distance of
     apertures, r(k) = r(0) (1 - k / N), while noise adds to r(0) alone: the nugget r(0) - (2 r(1) - r(2)).
     Side lobes differ between apertures too, in proportion to the echoes; so the nugget is taken where the
-    image is quietest, unless next to nothing is shared anywhere. Apertures must stand in the order of their
-    positions. Two apertures know no r(2): then r(0) - r(1).
+    image is quietest, unless it is evenly loud and next to nothing is shared anywhere. Apertures must stand
+    in the order of their positions. Two apertures know no r(2): then r(0) - r(1).
 
     Returns:
         mean |noise|^2 of one aperture, at least 0, and at most the mean power.
     """
     everywhere, power = _nugget(apertures), float((np.abs(apertures) ** 2).mean())
-    if everywhere > BARE * power:
-        return everywhere
     local = gaussian_filter((np.abs(apertures) ** 2).mean(0).astype(np.float64), QUIET_WINDOW)
-    return min(everywhere, _nugget(apertures[:, local <= np.quantile(local, QUIET)]))
+    quiet = np.quantile(local, QUIET)
+    if everywhere > BARE * power and quiet > EVEN * power:
+        return everywhere  # noise alone: quiet places are mere chance
+    return min(everywhere, _nugget(apertures[:, local <= quiet]))
 
 
 def _nugget(apertures: Complex) -> float:
