@@ -48,7 +48,7 @@ TINY = 1e-4  # of the coarsest power: below it a logarithm says nothing
 class A2AConfig:
     """How A2A trains; ``configs/method/a2a.yaml`` explains every field."""
 
-    steps: int = 200
+    steps: int = 160
     lr: float = 5e-3
     anatomy: tuple[int, ...] = (12, 16, 24, 32)
     noise: tuple[int, ...] = (16, 24, 32, 48)
