@@ -17,7 +17,7 @@ from sparsecontrast.models.twin_pyramid import build_twin_pyramid
 Denoiser = Callable[[NDArray], NDArray]
 RANGE_DB = 70.0  # of the log-image that BM3D and non-local means see
 LOG_SPECKLE_DB = 5.57  # standard deviation of fully developed speckle in a log-image
-STRENGTHS = (0.125, 0.25, 0.5, 1.0)  # of the speckle's own deviation
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)  # of the speckle's own deviation
 
 
 def compound(images: NDArray) -> NDArray:

@@ -262,7 +262,7 @@ def _train(looks: Tensor, config: A2AConfig, tell: Callable[[int, int], None] | 
         running += float(loss.detach())
         if step % config.check_every == 0 or step == config.steps:
             score = math.nan if held is None else _held_out_score(network, kept, held)
-            history.append((step, running / (config.check_every), score))
+            history.append((step, running / ((step - 1) % config.check_every + 1), score))
             running = 0.0
             if tell is not None:
                 tell(step, config.steps)
