@@ -222,6 +222,32 @@ def small_maps() -> str:
     return markdown(head, body)
 
 
+def privacy() -> str:
+    """What a private step costs, beside one without privacy and plain Opacus."""
+    names = {"timm": "timm", "patch_contrast": "**ours**", "opacus_hooks": "Opacus, hooks"}
+    names |= {
+        "opacus_ghost": "Opacus, ghost clipping",
+        "opacus_frozen": "Opacus, hooks, tokens and positions frozen",
+    }
+    head = [
+        "network", "precision", "step", "private", "kept", "ms", "of dense", "of its own without",
+        "Opacus takes x", "peak MiB",
+    ]  # fmt: skip
+    body = []
+    for row in rows("privacy-cpu.json"):
+        more = [f"{row['pieces']} pieces"] if row["pieces"] > 1 else []
+        more += [f"{row['films']} films a patient"] if row["films"] > 1 else []
+        told = [row.get(key) for key in ("of_dense", "of_own", "opacus_ratio")]
+        body.append(
+            [
+                row["backbone"].replace("_", "-"), row["precision"], ", ".join([names[row["method"]], *more]),
+                "yes" if row["private"] else "no", f"{row['keep']:.2g}", f"{row['cost_ms']:.0f}",
+                *("–" if value is None else f"{value:.2f}" for value in told), f"{row['peak_mib']:.0f}",
+            ]
+        )  # fmt: skip
+    return markdown(head, body)
+
+
 def _layer(row: dict[str, Any]) -> str:
     kind = "depthwise, " if row["groups"] > 1 else ""
     stride = f", stride {row['stride']}" if row["stride"] > 1 else ""
@@ -232,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparsity": sparsity,
     "speed": lambda: speed((0.5, 0.25)),
     "small-maps": small_maps,
+    "privacy": privacy,
     "localisation": lambda: localisation(GROUPS),
     "localisation-bar": lambda: localisation(BAR),
     "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
