@@ -1,6 +1,5 @@
 """ClientApps that misbehave on purpose; worker processes load them by name."""
 
-import hashlib
 import os
 import time
 
@@ -10,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from client.app import hello
 from client.app import train as honest_train
+from sparsecontrast.payload import manifest_of
 
 toy = ClientApp()
 liars = ClientApp()
@@ -44,8 +44,9 @@ def _lie(message: Message, context: Context) -> Message:
     if lie == "nan":
         flat[0] = np.nan
         reply.content["arrays"] = ArrayRecord({"flat": Array(flat)})
-        digest = hashlib.sha256(flat.tobytes()).hexdigest()
-        reply.content["manifest"]["sha256"] = digest
+        manifest = reply.content.config_records["manifest"]
+        shapes = dict.fromkeys(manifest["names"], ())  # their number alone is in the digest
+        manifest["sha256"] = manifest_of(shapes, "fp32", flat)["sha256"]
     elif lie == "short":
         reply.content["arrays"] = ArrayRecord({"flat": Array(flat[:-1])})
     elif lie == "torn":
