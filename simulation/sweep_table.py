@@ -10,6 +10,10 @@ exceed the ``epsilon spent`` that the ledgers promise. ``beats start`` says what
     paired       they do, but the interval of the gain, film by film, lies above zero
     not shown    neither
     worse        the interval of the gain lies below zero
+
+A gain may still be none of learning: noise alone moves random weights, and probes often like them better.
+``over noise`` is the gain over the runs at epsilon 0.1, where the sweep has them: as many steps, of which
+practically nothing is left but noise.
 """
 
 import json
@@ -31,15 +35,18 @@ from sparsecontrast.sweeps import SEED, Job
 
 REPLICATES = 1000
 START = "start"
+EPSILON, CONTROL = "epsilon", "0.1"
 SCORE = "calibrated"  # of the two of ``membership.py``: the one that is not mistaken by easy films
 OUTCOMES = APART, PAIRED, NOT_SHOWN, WORSE = "apart", "paired", "not shown", "worse"
 Row = dict[str, Any]
+Group = tuple[tuple[str, str], ...]  # see ``Job.group``
 Tables = Mapping[Question, Any]  # of one run, see ``item_scores.read_scores``
 Column = tuple[str, str, str | None, str | None]  # title, key of the value, of its interval's ends
 COLUMNS: tuple[Column, ...] = (
     ("task", "task", None, None), ("seeds", "seeds", None, None),
     ("AUROC", "auroc", "auroc_low", "auroc_high"), ("start", "start", "start_low", "start_high"),
     ("gain", "gain", "gain_low", "gain_high"), ("beats start", "beats_start", None, None),
+    ("over noise", "over_noise", "over_noise_low", "over_noise_high"),
     ("membership AUROC", "membership", "membership_low", "membership_high"),
     ("canaries AUROC", "canaries", "canaries_low", "canaries_high"),
     ("epsilon at least", "epsilon_at_least", None, None),
@@ -58,12 +65,23 @@ def rows_of(jobs: Sequence[Job], total: int) -> list[Row]:
     Raises:
         EvaluationError: runs of one group were not scored on the same images.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Job]] = {}
+    groups: dict[Group, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.group, []).append(job)
+    counted = {"runs": len(jobs), "of_runs": total}
     return [
-        row | {"runs": len(jobs), "of_runs": total} for g, part in groups.items() for row in _group(g, part)
+        row | counted for g, part in groups.items() for row in _group(g, part, _controls(g, part, groups))
     ]
+
+
+def _controls(
+    group: Group, jobs: Sequence[Job], groups: Mapping[Group, Sequence[Job]]
+) -> Sequence[Job]:  # fmt: skip
+    """Runs of noise alone, seed by seed beside a group's; none where a seed has none."""
+    same = tuple((axis, CONTROL if axis == EPSILON else value) for axis, value in group)
+    found = {job.values.get(SEED): job for job in groups.get(same, ()) if same != group}
+    seeds = [job.values.get(SEED) for job in jobs]
+    return [found[seed] for seed in seeds] if set(seeds) <= set(found) else ()
 
 
 def write_table(rows: Sequence[Row], folder: Path, command: str) -> str:
@@ -97,9 +115,13 @@ def summary(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if "beats_start" in row:
             spent = row.get("epsilon")
-            kind = "Without privacy" if spent is None else f"At epsilon {row['group'].get('epsilon', spent)}"
+            kind = "Without privacy" if spent is None else f"At epsilon {row['group'].get(EPSILON, spent)}"
             kinds.setdefault(kind, []).append(row)
-    return [f"{kind}: {_counted(mine)}\n" for kind, mine in kinds.items()]
+    said = [f"{kind}: {_counted(mine)}\n" for kind, mine in kinds.items()]
+    beside = [row for row in rows if row.get("over_noise_low") is not None]
+    better = [row for row in beside if row["over_noise_low"] > 0]
+    names = "; ".join(f"{EPSILON} {row['group'][EPSILON]}, {_label(row)}" for row in better) or "none"
+    return said + ([f"Better than noise alone: {len(better)} of {len(beside)}: {names}\n"] if beside else [])
 
 
 def _counted(rows: Sequence[Row]) -> str:
@@ -112,10 +134,10 @@ def _counted(rows: Sequence[Row]) -> str:
 
 def _label(row: Row) -> str:
     """Name a group but for its epsilon, and its task."""
-    return ", ".join([*(value for axis, value in row["group"].items() if axis != "epsilon"), row["task"]])
+    return ", ".join([*(value for axis, value in row["group"].items() if axis != EPSILON), row["task"]])
 
 
-def _group(group: tuple[tuple[str, str], ...], jobs: Sequence[Job]) -> list[Row]:
+def _group(group: Group, jobs: Sequence[Job], controls: Sequence[Job]) -> list[Row]:
     runs = [read_run(job.folder) for job in jobs]
     tables = [read_scores(run.folder) for run in runs]
     common: Row = {
@@ -127,24 +149,37 @@ def _group(group: tuple[tuple[str, str], ...], jobs: Sequence[Job]) -> list[Row]
     for question in tables[0]:
         if question.features == name and all(question in table for table in tables):
             tasks.setdefault(question.task, []).append(question.label)
-    return [common | {"task": task} | _utility(tables, task, labels, name) for task, labels in tasks.items()]
+    noise = [read_scores(read_run(job.folder).folder) for job in controls]
+    return [
+        common | {"task": task} | _utility(tables, noise, task, labels, name)
+        for task, labels in tasks.items()
+    ]
 
 
-def _utility(tables: Sequence[Tables], task: str, labels: Sequence[str], name: str) -> Row:
-    """AUROC of the released weights, of the start weights, and the gain, each over all labels of a task."""
-    trained = [pooled([table[Question(task, label, name)] for table in tables]) for label in labels]
+def _utility(
+    tables: Sequence[Tables], noise: Sequence[Tables], task: str, labels: Sequence[str], name: str
+) -> Row:
+    """AUROC of the released weights, of the start weights, and the gains, each over all labels of a task."""
+    trained = _cells(tables, task, labels, name)
     row = _figures("auroc", level(trained))
     row |= {
         "auroc_of_seeds": [probes.mean_auroc([_model(c, i) for c in trained]) for i in range(len(tables))]
     }
-    asked = [Question(task, label, START) for label in labels]
-    if any(question not in table for question in asked for table in tables):
+    if other := _cells(noise, task, labels, name):
+        row |= _figures("over_noise", probes.seeds_bootstrap(trained, other, REPLICATES, 0))
+    if not (begun := _cells(tables, task, labels, START)):
         return row
-    begun = [pooled([table[question] for table in tables]) for question in asked]
-    row |= _figures(START, level(begun)) | _figures(
-        "gain", probes.seeds_bootstrap(trained, begun, REPLICATES, 0)
-    )
+    row |= _figures(START, level(begun))
+    row |= _figures("gain", probes.seeds_bootstrap(trained, begun, REPLICATES, 0))
     return row | {"beats_start": _outcome(row)}
+
+
+def _cells(tables: Sequence[Tables], task: str, labels: Sequence[str], features: str) -> list[Scored]:
+    """Scores of each label, one model a table; nothing where one of them is missing."""
+    asked = [Question(task, label, features) for label in labels]
+    if not tables or any(question not in table for question in asked for table in tables):
+        return []
+    return [pooled([table[question] for table in tables]) for question in asked]
 
 
 def _outcome(row: Row) -> str:
@@ -215,4 +250,4 @@ def _cell(row: Row, column: Column) -> str:
     if low is None or high is None:
         return f"{value:.3g}"
     ends = "" if row.get(low) is None else f" [{row[low]:.3f}, {row[high]:.3f}]"
-    return f"{value:+.3f}{ends}" if key == "gain" else f"{value:.3f}{ends}"
+    return f"{value:+.3f}{ends}" if key in ("gain", "over_noise") else f"{value:.3f}{ends}"

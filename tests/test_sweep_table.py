@@ -123,6 +123,23 @@ def test_who_beats_the_start_weights_is_said_in_words(jobs, tmp_path):
     assert summary(rows)[0] in write_table(rows, tmp_path, "x")
 
 
+def test_a_gain_that_noise_alone_makes_too_is_told_from_learning(jobs, tmp_path):
+    seeds = ("0", "1", "2")
+    control = [cell(tmp_path, {"epsilon": "0.1", "start": "old", "seed": s}, 1.0, 0.0, 0.1) for s in seeds]
+    alike, strong = (
+        [job for job in jobs if job.values["epsilon"] == e and job.values["start"] == "old"]
+        for e in ("8", "inf")
+    )
+    rows = rows_of([*control, *alike, *strong], 9)
+    assert "over_noise" not in rows[0]  # the control itself
+    assert rows[1]["gain"] > 0.1 and rows[1]["over_noise"] == 0  # the same scores as those of noise
+    assert rows[2]["over_noise_low"] > 0
+    assert rows[2]["over_noise"] == pytest.approx(rows[2]["auroc"] - rows[0]["auroc"])
+    assert summary(rows)[-1] == f"Better than noise alone: 1 of 2: epsilon inf, old, {TASK}\n"
+    lacking = rows_of([*control[:2], *strong], 9)  # seed 2 has no control
+    assert "over_noise" not in lacking[1]
+
+
 def test_an_interval_over_seeds_and_patients_is_wider_than_over_patients_alone():
     one, other = scored(1.0, 1), scored(2.5, 2)
     both = replace(one, scores=np.concatenate([one.scores, other.scores]), weights=np.full(2, 0.5))
