@@ -8,8 +8,9 @@ several sites.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -37,22 +38,29 @@ class Answers:
     """What came back, by the name under which it was asked.
 
     Attributes:
-        replies: contents.
+        replies: contents, or what ``ask`` was told to make of them.
         errors: codes of answers that are Flower's errors.
         silent: who did not answer in time.
         seconds: time until each answer was here.
     """
 
-    replies: dict[str, RecordDict] = field(default_factory=dict)
+    replies: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     silent: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def ask(
-    grid: Grid, letters: Mapping[str, tuple[int, RecordDict]], kind: str, timeout: float, group: str
+    grid: Grid,
+    letters: Mapping[str, tuple[int, RecordDict]],
+    kind: str,
+    timeout: float,
+    group: str,
+    read: Callable[[str, RecordDict], Any] = lambda name, content: content,
 ) -> Answers:
     """Send one message for each name and collect the answers until ``timeout`` seconds have passed.
+
+    Answers are fetched one by one, so that one is in memory at a time if ``read`` keeps none.
 
     Args:
         grid: Flower's.
@@ -60,6 +68,7 @@ def ask(
         kind: message type.
         timeout: seconds; also the messages' time to live, so nobody works on a stale one.
         group: Flower's group id, the round.
+        read: makes of a name and a content what is kept of an answer.
     """
     answers, pending, started = Answers(), {}, time.monotonic()
     for name, (node, content) in letters.items():
@@ -71,15 +80,18 @@ def ask(
     pause, most = POLL_SECONDS
     sleep = getattr(grid, "idle", time.sleep)  # a local grid feeds its workers meanwhile
     while pending and time.monotonic() - started < timeout:
-        arrived = [m for m in grid.pull_messages(list(pending)) if m.metadata.reply_to_message_id in pending]
-        for message in arrived:
-            name = pending.pop(message.metadata.reply_to_message_id)
-            answers.seconds[name] = time.monotonic() - started
-            if message.has_error():  # its text stays unread: it may hold what must not be logged here
-                answers.errors[name] = f"flower_{message.error.code}"
-            else:
-                answers.replies[name] = message.content
-        pause = POLL_SECONDS[0] if arrived else min(2 * pause, most)
+        before = len(pending)
+        for message_id in list(pending):
+            for message in grid.pull_messages([message_id]):
+                if message.metadata.reply_to_message_id != message_id or message_id not in pending:
+                    continue
+                name = pending.pop(message_id)
+                answers.seconds[name] = time.monotonic() - started
+                if message.has_error():  # its text stays unread: it may hold what must not be logged here
+                    answers.errors[name] = f"flower_{message.error.code}"
+                else:
+                    answers.replies[name] = read(name, message.content)
+        pause = POLL_SECONDS[0] if len(pending) < before else min(2 * pause, most)
         if pending:
             sleep(pause)
     answers.silent.extend(sorted(unsent | set(pending.values())))

@@ -16,9 +16,10 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from server.conversation import TRAIN, Answers, ask
+from server.conversation import TRAIN, ask
 from server.folder import RunFolder
 from server.log import say, warn
+from server.spool import Spool
 from server.strategy import Aggregator, Contribution, bounded_weights, quorum
 from server.verification import Expectation, RefusedError, read_reply, records_of
 from sparsecontrast import checkpoint, payload
@@ -31,6 +32,15 @@ from sparsecontrast.trainer import derive_seed
 OURS = (
     "round", "site", "status", "code", "weight", "num_examples", "answer_seconds", "bytes_down", "bytes_up",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is kept of an answer: it is verified, or it has the code of why not; and its bytes."""
+
+    reply: Contribution | None
+    code: str
+    bytes_up: int
 
 
 @dataclass(frozen=True)
@@ -102,8 +112,12 @@ class Rounds:
 
     def _round(self, number: int) -> bool:
         """Run one round; False, and nothing changed, where no site may train on its patients any more."""
+        with Spool(self.folder.path / "replies") as spool:
+            return self._aggregated(number, spool)
+
+    def _aggregated(self, number: int, spool: Spool) -> bool:
         started = time.monotonic()
-        outcome = self._exchange(number)
+        outcome = self._exchange(number, spool)
         self.spent |= {name for name, code in outcome.refused.items() if code == BudgetSpentError.code}
         if self.spent.issuperset(self.sites):
             self.folder.add_metrics(outcome.rows)  # who refused, for the report
@@ -124,14 +138,13 @@ class Rounds:
         say(_line(row, self.config.rounds))
         return True
 
-    def _exchange(self, number: int) -> Outcome:
-        """Send the weights out and verify what comes back."""
+    def _exchange(self, number: int, spool: Spool) -> Outcome:
+        """Send the weights out and verify what comes back, each answer as it arrives."""
         able = [name for name in self.sites if name not in self.spent]
         names = participants(able, self.config, self.folder.config.seed, number)
         down = payload.repack(self.flat, self.shapes, self.config.payload_dtype)
         shared = records_of(down)
         letters = {name: self._letter(name, number, shared) for name in names}
-        answers = ask(self.grid, letters, TRAIN, self.config.round_timeout, str(number))
         expected = Expectation(
             number,
             self.folder.run_key,
@@ -141,13 +154,18 @@ class Rounds:
             down.flat.astype(np.float32),
             self.config.max_norm_ratio,
         )
-        valid, refused = _judge(answers, expected)
+        answers = ask(
+            self.grid, letters, TRAIN, self.config.round_timeout, str(number),
+            lambda name, content: _judge(name, content, expected, spool),
+        )  # fmt: skip
+        valid = {n: answers.replies[n].reply for n in sorted(answers.replies) if answers.replies[n].reply}
+        refused = answers.errors | {n: r.code for n, r in answers.replies.items() if r.reply is None}
         for name, code in sorted(refused.items()):
             warn(f"round {number}: {name} left out: {code}")
         for name in answers.silent:
             warn(f"round {number}: {name} left out: no answer within {self.config.round_timeout:g} s")
         sent = {name: _bytes(content) for name, (_, content) in letters.items()}
-        received = {name: _bytes(reply) for name, reply in answers.replies.items()}
+        received = {name: judged.bytes_up for name, judged in answers.replies.items()}
         rows = [_row(number, name, valid, refused, answers.seconds.get(name)) for name in names]
         for row in rows:
             row |= {"bytes_down": sent[row["site"]], "bytes_up": received.get(row["site"], 0)}
@@ -196,16 +214,16 @@ def participants(sites: list[str], config: FederationConfig, seed: int, number: 
     return sorted(sorted(sites)[i] for i in chosen)
 
 
-def _judge(answers: Answers, expected: Expectation) -> tuple[dict[str, Contribution], dict[str, str]]:
-    """Split answers into valid ones by site, sorted, and refused ones with their codes."""
-    valid: dict[str, Contribution] = {}
-    refused = dict(answers.errors)
-    for name in sorted(answers.replies):
-        try:
-            valid[name] = read_reply(name, answers.replies[name], expected)
-        except (PayloadError, RefusedError) as error:
-            refused[name] = error.code
-    return valid, refused
+def _judge(name: str, content: RecordDict, expected: Expectation, spool: Spool) -> Judged:
+    """Verify one answer, empty it, and put a good one's weights into the spool."""
+    size = _bytes(content)
+    try:
+        return Judged(spool.keep(read_reply(name, content, expected)), "", size)
+    except (PayloadError, RefusedError) as error:
+        return Judged(None, error.code, size)
+    finally:  # Flower's views of a content refer back to it: its arrays would live until Python seeks cycles
+        for record in content.array_records.values():
+            record.clear()
 
 
 def _row(

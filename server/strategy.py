@@ -6,6 +6,7 @@ the weights, keeps fp32 and carries the optimizer state of the adaptive ones int
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ STRATEGIES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "multikrum": (flower.MultiKrum, ("num_malicious_nodes", "num_nodes_to_select")),
     "bulyan": (flower.Bulyan, ("num_malicious_nodes",)),
 }
+# take a mean of the replies and go on from it: they need one reply in memory at a time
+_OF_THE_MEAN = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
 _COUNTS = ("num_malicious_nodes", "num_nodes_to_select")
 # Flower takes distances as |x|^2 + |y|^2 - 2xy, which cancels in fp32: near replies look equal
 _BY_DISTANCE = ("krum", "multikrum", "bulyan")
@@ -43,15 +46,20 @@ class Contribution:
 
     Attributes:
         site: its name.
-        flat: [n] fp32 weights in the canonical layout.
+        source: [n] fp32 weights in the canonical layout, or the ``.npy`` file that they wait in.
         examples: images it trained on, positive.
         metrics: finite scalars.
     """
 
     site: str
-    flat: np.ndarray
+    source: np.ndarray | Path
     examples: int
     metrics: dict[str, int | float]
+
+    @property
+    def flat(self) -> np.ndarray:
+        """The weights [n]; read anew each time where they wait in a file."""
+        return np.load(self.source) if isinstance(self.source, Path) else self.source
 
 
 class Aggregator:
@@ -98,10 +106,9 @@ class Aggregator:
         weights = bounded_weights(
             [r.examples for r in replies], self.config.weighting, self.config.max_weight
         )
-        messages = [self._message(r.flat, w) for r, w in zip(replies, weights, strict=True)]
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-                arrays, _ = self.strategy.aggregate_train(number, messages)
+                arrays, _ = self.strategy.aggregate_train(number, self._messages(replies, weights))
         except AggregationError as error:
             raise FederationError(f"round {number}: {self.config.strategy}: {error}") from error
         if arrays is None:
@@ -137,6 +144,11 @@ class Aggregator:
         elif hasattr(self.strategy, "current_arrays"):
             self.strategy.current_arrays = {_KEY: current}
 
+    def _messages(self, replies: Sequence[Contribution], weights: Sequence[float]) -> list[Message]:
+        if self.config.strategy in _OF_THE_MEAN and replies:
+            return [self._message(weighted_mean(replies, weights), 1.0)]
+        return [self._message(r.flat, w) for r, w in zip(replies, weights, strict=True)]
+
     def _message(self, flat: np.ndarray, weight: float) -> Message:
         """Wrap a reply for the strategy: two records with the same keys, whatever the site sent."""
         array = flat.astype(np.float64) if self.config.strategy in _BY_DISTANCE else flat
@@ -144,6 +156,17 @@ class Aggregator:
             {"arrays": ArrayRecord({_KEY: Array(array)}), "metrics": MetricRecord({"num-examples": weight})}
         )
         return Message(content, dst_node_id=0, message_type="train")
+
+
+def weighted_mean(replies: Sequence[Contribution], weights: Sequence[float]) -> np.ndarray:
+    """Average replies to [n] fp32, one in memory at a time; bit for bit what Flower makes of all at once."""
+    total = sum(weights)
+    mean: np.ndarray | None = None
+    for reply, weight in zip(replies, weights, strict=True):
+        part = reply.flat * (weight / total)
+        mean = part if mean is None else np.add(mean, part, out=mean)
+    assert mean is not None
+    return mean
 
 
 def bounded_weights(examples: Sequence[int], weighting: str, max_weight: float) -> list[float]:
