@@ -22,7 +22,7 @@ from sparsecontrast.errors import ConfigError, StorageError
 from sparsecontrast.provision import change, kits
 from sparsecontrast.provision.authority import fingerprint, new_authority, server_pem, site_key
 from sparsecontrast.provision.plan import read_plan
-from sparsecontrast.site_file import read_site_file
+from sparsecontrast.site_file import Limits, read_site_file
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "docs" / "sites.example.yaml"
@@ -68,6 +68,7 @@ def test_each_gets_what_is_meant_for_it_and_no_other_secret(made):
         assert read_site_file(kit / "site.yaml").name == name
     policy = read_site_file(made / "sites" / "st-elsewhere" / "site.yaml")
     assert (policy.egress.approve, policy.state_dir) == ("manual", "/var/lib/sparsecontrast")
+    assert (policy.limits, policy.app) == (Limits(7200.0, 24.0), "installed")
     assert policy.overrides == [
         "data=dicom",
         "data.root=/pacs/export",
@@ -206,6 +207,15 @@ def plan_with(change):
     return told
 
 
+def test_digests_of_bundles_reach_the_hospital(tmp_path):
+    digests = ["6f" * 32, "03" * 32]
+    path = tmp_path / "sites.yaml"
+    path.write_text(yaml.safe_dump(plan_with(lambda t: t["sites"][0].update(app=digests))))
+    assert main(["provision", str(path), "--out", str(tmp_path / "out")]) == 0
+    kit = tmp_path / "out" / "sites" / "st-elsewhere"
+    assert read_site_file(kit / "site.yaml").app == tuple(digests)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -230,6 +240,10 @@ def plan_with(change):
         (lambda t: t["sites"][0].update(overrides=["privacy=dp_sgd", "privacy.target_epsilon=0"]), "epsilon"),
         (lambda t: t["sites"][0].update(egress={"approve": "never"}), "egress.approve"),
         (lambda t: t["sites"][0].update(egress={"wait_seconds": -1}), "wait_seconds"),
+        (lambda t: t["sites"][0].update(limits={"seconds": 0}), "limits.seconds"),
+        (lambda t: t["sites"][0].update(limits={"memory": 4}), "limits.*unknown"),
+        (lambda t: t["sites"][0].update(app="latest"), "app must be installed, or a list"),
+        (lambda t: t["sites"][0].update(app=["6f1c"]), "app must be installed, or a list"),
         (lambda t: t["sites"][0].update(bind="10.0.0.1:9095"), "bind.*loopback"),
         (lambda t: t["sites"][0].update(public_key="ssh-rsa AAAA"), "public_key.*OpenSSH"),
         (lambda t: t["sites"][0].update(public_key=P256), "public_key.*P-384"),

@@ -1,5 +1,6 @@
 """``sites.yaml``: what a federation is to look like, checked before a single key is made."""
 
+import dataclasses
 import ipaddress
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from sparsecontrast.config import Config, check, compose
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.provision.authority import public_key
 from sparsecontrast.ranges import check_range
-from sparsecontrast.site_file import EgressPolicy, parse_site_file
+from sparsecontrast.site_file import EgressPolicy, Limits, parse_site_file
 from sparsecontrast.structure import build
 
 RESERVED = ("server", "ca")  # names of things that are no site
@@ -52,6 +53,8 @@ class PlannedSite:
         state_dir: absolute, on the hospital's machine.
         overrides: of data, privacy and backbone, as in ``site.yaml``.
         egress: how answers leave.
+        limits: of time and memory of one answer.
+        app: ``installed``, or the SHA-256 of each bundle that may run.
         bind: ``127.x.y.z:port`` on which the SuperNode talks to its own client processes.
         health: ``127.x.y.z:port`` of its gRPC health service.
         public_key: in OpenSSH's format, of a pair that the hospital made itself; null makes one for it.
@@ -61,6 +64,8 @@ class PlannedSite:
     state_dir: str
     overrides: tuple[str, ...] = ()
     egress: EgressPolicy = EgressPolicy()
+    limits: Limits = Limits()
+    app: str | tuple[str, ...] = "installed"
     bind: str = "127.0.0.1:9095"
     health: str = "127.0.0.1:9096"
     public_key: str | None = None
@@ -134,11 +139,9 @@ def site_yaml(site: PlannedSite) -> str:
         "name": site.name,
         "state_dir": site.state_dir,
         "overrides": list(site.overrides),
-        "egress": {
-            "approve": site.egress.approve,
-            "wait_seconds": site.egress.wait_seconds,
-            "max_norm_ratio": site.egress.max_norm_ratio,
-        },
+        "egress": dataclasses.asdict(site.egress),
+        "limits": dataclasses.asdict(site.limits),
+        "app": site.app if isinstance(site.app, str) else list(site.app),
     }
     return yaml.safe_dump(told, sort_keys=False, width=1000)
 
