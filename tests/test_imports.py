@@ -10,7 +10,14 @@ PACKAGES = ("sparsecontrast", "server", "client", "simulation", "benchmarks")
 FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 
 DOORS = {
-    "flwr": ("server/", "client/", "simulation/"),
+    # a deployment is measured, and faults are injected, from outside of the apps
+    "flwr": (
+        "server/",
+        "client/",
+        "simulation/",
+        "benchmarks/deployment.py",
+        "benchmarks/first_step.py",
+    ),
     "ray": (),
     "opacus": (
         "sparsecontrast/privacy.py",
@@ -114,6 +121,8 @@ ROOMS = {
     "client/": ("client", *LIBRARY),
     "simulation/": ("simulation", "server", "client", *LIBRARY),
     "benchmarks/": ("benchmarks", *LIBRARY),
+    "benchmarks/deployment.py": ("benchmarks", "simulation", "server", *LIBRARY),
+    "benchmarks/first_step.py": ("benchmarks", "client", *LIBRARY),
 }
 
 

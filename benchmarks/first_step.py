@@ -1,0 +1,55 @@
+"""One fresh client process: what ``benchmarks.deployment`` starts and times.
+
+    python -P -m benchmarks.first_step BEGAN MESSAGE SITE
+
+Imports what a site's own client process imports (``client/sentinel.py``, Flower's runtime), answers the
+message in the file as the site of that ``site.yaml``, and prints when each thing was done.
+"""
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# training needs none of these
+SPARED = (
+    "sklearn", "matplotlib", "pandas.plotting", "opacus", "ray", "tensorboard", "onnx", "torch._dynamo",
+    "torchvision", "scipy.stats", "pydicom",
+)  # fmt: skip
+
+
+def main(began: float, message: Path, site: Path) -> dict[str, Any]:
+    """Answer; returns seconds since ``began`` (of ``time.time``) and what was imported for it."""
+    told: dict[str, Any] = {}
+    importlib.import_module("client.sentinel")
+    importlib.import_module("flwr.supernode.runtime.run_clientapp")
+    importlib.import_module("flwr.supernode.cli.flwr_clientapp")
+    from flwr.app import Context, RecordDict
+    from flwr.common.serde import message_from_proto
+    from flwr.proto.message_pb2 import Message as ProtoMessage
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from client.app import app
+
+    told["imports_s"] = time.time() - began
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    asked = message_from_proto(ProtoMessage.FromString(message.read_bytes()))
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    told["torch_s"] = time.time() - began
+    register_optimizer_step_post_hook(
+        lambda *_: told.setdefault("first_step_s", time.time() - began) and None
+    )
+    answer = app(asked, Context(1, 1, {"site-config": str(site)}, RecordDict(), {}))
+    told["cpu_s"] = time.process_time()
+    told["answer_s"] = time.time() - began
+    told["status"] = answer.content.config_records["status"]["status"]
+    told["modules"] = len(sys.modules)
+    told["not_spared"] = " ".join(name for name in SPARED if name in sys.modules)
+    return told
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(float(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))))
