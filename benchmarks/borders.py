@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import print_table, write_result
-from sparsecontrast.config import BackboneConfig
 from sparsecontrast.data.phantom import render
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.models import tiles
 from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
+from sparsecontrast.settings import BackboneConfig
 
 NETWORKS = ("convnext_atto", "convnext_tiny", "resnet18", "resnet50_gn")
 LAYOUTS = ((224, 7), (256, 4))

@@ -23,12 +23,13 @@ from benchmarks.rivals.masked import masked
 from benchmarks.rivals.random_drop import random_drop, random_patches
 from benchmarks.rivals.tome import merged_per_block, tome
 from sparsecontrast import losses
-from sparsecontrast.config import CONFIG_DIR, BackboneConfig, Config, MethodConfig
+from sparsecontrast.config import CONFIG_DIR
 from sparsecontrast.levels import STRIDE
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
 from sparsecontrast.precision import Precision, prepare
+from sparsecontrast.settings import BackboneConfig, Config, MethodConfig
 from sparsecontrast.structure import build
 
 OURS = "sparse_contrast"

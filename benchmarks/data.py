@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.record import print_table, write_result
-from sparsecontrast.config import PhantomConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.data.cache import Dataset, load_dataset
 from sparsecontrast.data.decode import Task, decode
 from sparsecontrast.data.phantom import render
 from sparsecontrast.data.transforms import two_views
+from sparsecontrast.settings import PhantomConfig
 
 BATCH = 32
 LIMIT = 0.15  # of a step, for loading + augmentation

@@ -22,10 +22,11 @@ import torch
 
 from benchmarks.record import print_table, write_result
 from benchmarks.stopwatch import Part, Ratio, Times, cpu_clock, cuda_clock, interleave, ratio
-from sparsecontrast.config import Config, PhantomConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
+from sparsecontrast.settings import Config, PhantomConfig
 from sparsecontrast.trainer import LocalTrainer
 
 DENSE = ("dense_contrast", 1.0)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from benchmarks.contenders import Model, is_vit
 from benchmarks.rivals.plain_opacus import freeze_tokens, opacus_step
 from sparsecontrast import losses
-from sparsecontrast.config import Config
 from sparsecontrast.coupling import noise_batch
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.looking import build_projector
@@ -29,6 +28,7 @@ from sparsecontrast.methods.method import Batch
 from sparsecontrast.models.sparse_vit import build_sparse_vit
 from sparsecontrast.noise import SecureStream
 from sparsecontrast.privacy import Mechanism, PatientSGD
+from sparsecontrast.settings import Config
 from sparsecontrast.trainer import explicit_attention
 
 OURS, TIMM = "patch_contrast", "timm"

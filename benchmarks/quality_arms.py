@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.contenders import OURS, Contender, Model, Workload, build_workload
 from benchmarks.rivals.random_drop import random_drop
-from sparsecontrast.config import TrainConfig
 from sparsecontrast.data.transforms import Augmentation, evaluation_view, two_views
 from sparsecontrast.methods.method import Batch
+from sparsecontrast.settings import TrainConfig
 from sparsecontrast.trainer import build_optimizer, derive_seed, explicit_attention, lr_factor
 
 BATCH = 128  # of the encoding

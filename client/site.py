@@ -19,18 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast.config import (
-    Config,
-    SiteConfig,
-    anchored,
-    check,
-    compose,
-    shared_state_dir,
-    site_state_dir,
-    split_overrides,
-)
+from sparsecontrast.config import anchored, check, compose, shared_state_dir, site_state_dir, split_overrides
 from sparsecontrast.errors import ConfigError, EmptySiteError, TooFewImagesError
 from sparsecontrast.overrides import key_of, without
+from sparsecontrast.settings import Config, SiteConfig
 from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file
 
 if TYPE_CHECKING:

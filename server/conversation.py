@@ -17,8 +17,8 @@ from flwr.serverapp import Grid
 
 from server.log import say, warn
 from server.strategy import quorum
-from sparsecontrast.config import FederationConfig
 from sparsecontrast.errors import FederationError
+from sparsecontrast.settings import FederationConfig
 
 HELLO, TRAIN = "query.hello", "train"
 POLL_SECONDS = (0.02, 0.5)  # between pulls: at first, and at most

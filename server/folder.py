@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from sparsecontrast import checkpoint
-from sparsecontrast.config import Config, as_dict
+from sparsecontrast.config import as_dict
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, StorageError
 from sparsecontrast.resume import refuse_old_rounds, resolve
+from sparsecontrast.settings import Config
 
 __all__ = ["RunFolder", "open_folder", "refuse_old_rounds", "resolve"]
 

@@ -23,8 +23,9 @@ from server.spool import Spool
 from server.strategy import Aggregator, Contribution, bounded_weights, quorum
 from server.verification import Expectation, RefusedError, read_reply, records_of
 from sparsecontrast import checkpoint, payload
-from sparsecontrast.config import FederationConfig, as_dict
+from sparsecontrast.config import as_dict
 from sparsecontrast.errors import BudgetSpentError, PayloadError, QuorumError
+from sparsecontrast.settings import FederationConfig
 from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import derive_seed
 

@@ -15,8 +15,8 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.exception import AggregationError
 
-from sparsecontrast.config import FederationConfig
 from sparsecontrast.errors import ConfigError, FederationError, QuorumError
+from sparsecontrast.settings import FederationConfig
 
 _ADAPTIVE = ("eta", "eta_l", "beta_1", "beta_2", "tau")
 # name -> (Flower's class, the options that federation.options may set)

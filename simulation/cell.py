@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparsecontrast import checkpoint
-from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.config import anchored, as_dict, compose
 from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.overrides import assign
 from sparsecontrast.processes import follow_parent
 from sparsecontrast.resume import FREE
 from sparsecontrast.runs import CONFIG, read_evaluation, read_saved
+from sparsecontrast.settings import Config
 from sparsecontrast.sweeps import Job
 
 LOG = "sweep.log"

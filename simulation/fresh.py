@@ -5,9 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from sparsecontrast.config import Config, anchored
+from sparsecontrast.config import anchored
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, SCORES
+from sparsecontrast.settings import Config
 
 RUN_FILES = (
     CONFIG, METRICS, PARTITION, QUARANTINE, EVALUATION, SCORES, "report.html",

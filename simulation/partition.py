@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simulation.partition_plot import LABEL, partition_table, plot_partition
-from sparsecontrast.config import FederationConfig, anchored, compose
+from sparsecontrast.config import anchored, compose
 from sparsecontrast.data.sites import is_cut, refuse_leaks
 from sparsecontrast.errors import ConfigError, SparseContrastError
+from sparsecontrast.settings import FederationConfig
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,10 +8,11 @@ from typing import Any
 
 from simulation.fresh import clear
 from sparsecontrast import overrides
-from sparsecontrast.config import Config, anchored, compose, shared_state_dir
+from sparsecontrast.config import anchored, compose, shared_state_dir
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
 from sparsecontrast.runs import PARTITION, QUARANTINE
+from sparsecontrast.settings import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sparsecontrast.accounting import Charge
 from sparsecontrast.cohorts import Cohort, cohort_of
-from sparsecontrast.config import Config
 from sparsecontrast.errors import PrivacyError
 from sparsecontrast.ledger import Ledger, Receipt, ledger_of
 from sparsecontrast.policy import Policy, policy_of
 from sparsecontrast.privacy import Mechanism
+from sparsecontrast.settings import Config
 
 COARSE = 10  # least step of a rounded number of patients
 

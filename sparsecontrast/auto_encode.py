@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from sparsecontrast.auto_keep import AutoKeep, calibrate, rungs_for, uncovered_mass
-from sparsecontrast.config import Config
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.features import BATCH, Tick, frozen_method
+from sparsecontrast.settings import Config
 from sparsecontrast.tasks import Table
 
 LADDER = (0.0, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92, 1.0)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sparsecontrast.config import Config
 from sparsecontrast.data.transforms import Augmentation, shifted_views, two_views
 from sparsecontrast.methods.method import Batch, Method
+from sparsecontrast.settings import Config
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsecontrast.auto_encode import encode_auto, extra_ticks
 from sparsecontrast.checkpoint import Round
-from sparsecontrast.config import DataConfig, anchored, as_dict, shared_state_dir
+from sparsecontrast.config import anchored, as_dict, shared_state_dir
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, PatientLeakError
 from sparsecontrast.features import (
@@ -34,6 +34,7 @@ from sparsecontrast.overlays import selection_recall, selection_spread
 from sparsecontrast.progress import progress
 from sparsecontrast.runs import EVALUATION, PARTITION, Run, read_run, read_table
 from sparsecontrast.scoring import METRICS, Features, Scorer
+from sparsecontrast.settings import DataConfig
 from sparsecontrast.tasks import make_table, parse_tasks
 
 if TYPE_CHECKING:

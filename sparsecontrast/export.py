@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, weights_sha256, write_tensors
-from sparsecontrast.config import BackboneConfig, Config, MethodConfig, anchored
+from sparsecontrast.config import anchored
 from sparsecontrast.durable import new_folder, write_bytes
 from sparsecontrast.errors import ConfigError, ExportError
 from sparsecontrast.export_onnx import require_onnx, write_graphs
 from sparsecontrast.models.sparse_cnn import SparseCNN, timm_arguments
 from sparsecontrast.models.sparse_vit import SparseViT
+from sparsecontrast.settings import BackboneConfig, Config, MethodConfig
 
 VERSION = 1
 FORMATS = ("timm", "onnx")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sparsecontrast.checkpoint import Round, latest, read_round, read_tensors, write_tensors
-from sparsecontrast.config import Config, as_dict
+from sparsecontrast.config import as_dict
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.errors import (
     BackboneMismatchError,
@@ -38,6 +38,7 @@ from sparsecontrast.precision import prepare
 from sparsecontrast.probes import downsampled_pixels
 from sparsecontrast.runs import Run
 from sparsecontrast.scoring import Features
+from sparsecontrast.settings import Config
 from sparsecontrast.tasks import Table, Task, labelled_rows
 from sparsecontrast.trainer import LocalTrainer, derive_seed
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sparsecontrast.config import DataConfig, anchored
+from sparsecontrast.config import anchored
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import EvaluationError
 from sparsecontrast.probes import Scored
 from sparsecontrast.runs import SCORES
 from sparsecontrast.scoring import MACRO, METRICS, POOLED, Cell
+from sparsecontrast.settings import DataConfig
 from sparsecontrast.tasks import Task
 
 if TYPE_CHECKING:

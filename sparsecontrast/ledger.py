@@ -24,10 +24,10 @@ from sparsecontrast.accounting import Charge
 from sparsecontrast.book import Book, read_book
 from sparsecontrast.chain import Head, Row, check_chain, check_head, next_row, read_head, write_head
 from sparsecontrast.cohorts import Cohort
-from sparsecontrast.config import Config
 from sparsecontrast.database import Database
 from sparsecontrast.errors import ConfigError, LedgerError
 from sparsecontrast.policy import Policy
+from sparsecontrast.settings import Config
 
 FILE = "ledger.sqlite"
 HEAD = "ledger.head.json"

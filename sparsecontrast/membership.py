@@ -25,13 +25,13 @@ from sparsecontrast import probes
 from sparsecontrast.auditing import audit, ceiling
 from sparsecontrast.batches import Views
 from sparsecontrast.checkpoint import Round, read_round
-from sparsecontrast.config import Config
 from sparsecontrast.data.dataset import CANARY, HELD_OUT, held_out
 from sparsecontrast.features import BATCH, load_method
 from sparsecontrast.item_scores import Found, Question, item_names
 from sparsecontrast.policy import default_delta
 from sparsecontrast.probes import Scored
 from sparsecontrast.runs import Run
+from sparsecontrast.settings import Config
 from sparsecontrast.trainer import derive_seed
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparsecontrast.config import PrivacyConfig
 from sparsecontrast.errors import ConfigError, PolicyError
+from sparsecontrast.settings import PrivacyConfig
 
 
 @dataclass(frozen=True)

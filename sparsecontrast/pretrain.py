@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from sparsecontrast import checkpoint, overrides
-from sparsecontrast.config import Config, anchored, as_dict, shared_state_dir, site_state_dir
+from sparsecontrast.config import anchored, as_dict, shared_state_dir, site_state_dir
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, TooFewImagesError
@@ -21,6 +21,7 @@ from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
 from sparsecontrast.resume import refuse_old_rounds, resolve
 from sparsecontrast.runs import CONFIG, METRICS
+from sparsecontrast.settings import Config
 from sparsecontrast.start import load_start
 from sparsecontrast.tensorboard import write_tensorboard
 from sparsecontrast.trainer import LocalTrainer, TrainResult

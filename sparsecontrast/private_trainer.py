@@ -20,13 +20,13 @@ from torch import Tensor
 
 from sparsecontrast.account import Account
 from sparsecontrast.batches import Views
-from sparsecontrast.config import Config
 from sparsecontrast.ledger import Receipt
 from sparsecontrast.local_state import LocalState
 from sparsecontrast.methods.method import Batch, Method, refuse_coupled
 from sparsecontrast.noise import SecureStream
 from sparsecontrast.privacy import PatientSGD
 from sparsecontrast.sampling import PatientSampler, chunks
+from sparsecontrast.settings import Config
 from sparsecontrast.trainer import TrainResult, build_optimizer, prepare, set_lr, shared_anchor
 
 

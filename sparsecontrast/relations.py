@@ -10,7 +10,7 @@ from sparsecontrast.levels import STRIDE, stack_grids
 from sparsecontrast.ranges import MAX_STEPS
 
 if TYPE_CHECKING:
-    from sparsecontrast.config import Config
+    from sparsecontrast.settings import Config
 
 BASELINES = ("pixels", "random_init", "start", "local_only", "centralised")
 """What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""

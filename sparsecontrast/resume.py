@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsecontrast import checkpoint, overrides
-from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.config import anchored, as_dict, compose
 from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.runs import CONFIG, read_saved
+from sparsecontrast.settings import Config
 
 # what a continued run may change; everything else decides the weights, or who may see what
 FREE = (

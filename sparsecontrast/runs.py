@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast.config import Config, anchored, as_dict, compose
+from sparsecontrast.config import anchored, as_dict, compose
 from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError, EvaluationError, MissingDataError
 from sparsecontrast.overrides import assign, merge
+from sparsecontrast.settings import Config
 
 if TYPE_CHECKING:
     import pandas as pd

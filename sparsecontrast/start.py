@@ -9,9 +9,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import latest, read_round, read_tensors
-from sparsecontrast.config import Config, anchored
+from sparsecontrast.config import anchored
 from sparsecontrast.errors import BackboneMismatchError, CheckpointError, MissingDataError
 from sparsecontrast.methods.method import Method
+from sparsecontrast.settings import Config
 
 
 def load_start(method: Method, config: Config) -> None:

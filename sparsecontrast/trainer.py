@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsecontrast.batches import Views, epoch_batches
-from sparsecontrast.config import Config, TrainConfig
 from sparsecontrast.errors import MethodError, PrivacyError, TooFewImagesError
 from sparsecontrast.local_state import LocalState, trained
 from sparsecontrast.methods.method import Batch, Method
+from sparsecontrast.settings import Config, TrainConfig
 
 MIN_BATCH = 2  # contrast needs a negative
 

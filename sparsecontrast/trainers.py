@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsecontrast.config import Config
+from sparsecontrast.settings import Config
 from sparsecontrast.trainer import LocalTrainer
 
 if TYPE_CHECKING:

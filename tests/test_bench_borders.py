@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import borders
 from benchmarks.borders import errors, open_network, phantoms, work
-from sparsecontrast.config import BackboneConfig
+from sparsecontrast.settings import BackboneConfig
 
 
 def config(name="convnext_atto", halo=0, count=4):

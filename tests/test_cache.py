@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsecontrast.config import Config, PhantomConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.data import cache, index, transforms
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.errors import EmptySiteError, IndexSchemaError
+from sparsecontrast.settings import Config, PhantomConfig
 from tests.image_files import SIZE, expected, make_files, reading, reads, stores
 
 

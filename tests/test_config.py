@@ -7,7 +7,6 @@ import pytest
 from sparsecontrast.classify.settings import compose_classify
 from sparsecontrast.config import (
     CONFIG_DIR,
-    Config,
     anchored,
     as_dict,
     compose,
@@ -17,6 +16,7 @@ from sparsecontrast.config import (
 )
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import RANGES, check_range
+from sparsecontrast.settings import Config
 
 
 def test_names_that_others_rely_on():

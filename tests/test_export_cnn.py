@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 from sparsecontrast import cli, export
 from sparsecontrast.checkpoint import read_round
-from sparsecontrast.config import BackboneConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.errors import ExportError, MethodError
 from sparsecontrast.export import check_images, export_run
 from sparsecontrast.features import load_method
 from sparsecontrast.models.sparse_cnn import build_sparse_cnn
 from sparsecontrast.pretrain import pretrain
 from sparsecontrast.runs import read_run
+from sparsecontrast.settings import BackboneConfig
 from tests.exported import fresh_images, onnx_outputs, record
 
 NAMES = ("convnext_atto", "resnet18")

@@ -39,7 +39,8 @@ DOORS = {
 }
 
 # a room may import the rooms named for it, and itself
-ERRORS = tuple(f"sparsecontrast.{name}" for name in ("errors", "config", "progress", "durable", "processes"))
+EDGE = ("errors", "settings", "config", "progress", "durable", "processes")
+ERRORS = tuple(f"sparsecontrast.{name}" for name in EDGE)
 FILE_ROOMS = (*ERRORS, "sparsecontrast.checkpoint", "sparsecontrast.payload", "sparsecontrast.ledger")
 DATA = ("sparsecontrast.data",)
 MODELS = ("sparsecontrast.models",)
@@ -55,17 +56,18 @@ ROOMS = {
     "sparsecontrast/ranges.py": ("sparsecontrast.errors",),
     "sparsecontrast/accounting.py": ("sparsecontrast.errors", "sparsecontrast.ranges"),
     "sparsecontrast/levels.py": (),
-    # the type alone: config imports it, not the other way round
+    "sparsecontrast/settings.py": (),
     "sparsecontrast/relations.py": (
         "sparsecontrast.errors",
         "sparsecontrast.levels",
         "sparsecontrast.ranges",
-        "sparsecontrast.config",
+        "sparsecontrast.settings",
     ),
     "sparsecontrast/config.py": (
         "sparsecontrast.errors",
         "sparsecontrast.ranges",
         "sparsecontrast.relations",
+        "sparsecontrast.settings",
         "sparsecontrast.structure",
     ),
     "sparsecontrast/data/": (*ERRORS, *DATA),
@@ -74,7 +76,7 @@ ROOMS = {
     "sparsecontrast/ultrasound/": (*ERRORS, *ULTRASOUND),
     "sparsecontrast/methods/": (*ERRORS, *METHODS, *ULTRASOUND),
     "sparsecontrast/cohorts.py": ("sparsecontrast.errors", "sparsecontrast.accounting"),
-    "sparsecontrast/policy.py": ("sparsecontrast.errors", "sparsecontrast.config"),
+    "sparsecontrast/policy.py": ("sparsecontrast.errors", "sparsecontrast.settings"),
     "sparsecontrast/chain.py": ("sparsecontrast.errors", "sparsecontrast.durable"),
     "sparsecontrast/book.py": BOOK,
     "sparsecontrast/payload.py": FILE_ROOMS,

@@ -3,12 +3,13 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from sparsecontrast.config import BackboneConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.errors import MissingDataError, ModelError
 from sparsecontrast.methods import build_method
 from sparsecontrast.models import tokens
 from sparsecontrast.models.saliency import SaliencyPredictor, excluded_cells
 from sparsecontrast.models.sparse_vit import build_sparse_vit
+from sparsecontrast.settings import BackboneConfig
 
 
 def backbone(name="vit_tiny_patch16_224", **options):

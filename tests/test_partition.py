@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 
 from simulation.partition import main, partition, partition_table, patient_groups, plot_partition
-from sparsecontrast.config import FederationConfig, PhantomConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.data.lesions import KINDS
 from sparsecontrast.data.phantom import parse_path, phantom_index, render
 from sparsecontrast.errors import ConfigError, DataError, PatientLeakError
+from sparsecontrast.settings import FederationConfig, PhantomConfig
 
 CUTS = ("iid", "dirichlet", "quantity", "scanner")
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from sparsecontrast.config import PhantomConfig
 from sparsecontrast.data.lesions import KINDS
 from sparsecontrast.data.phantom import (
     NOMINAL_SIZE,
@@ -16,6 +15,7 @@ from sparsecontrast.data.phantom import (
 )
 from sparsecontrast.data.splits import assign_splits
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.settings import PhantomConfig
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsecontrast.config import BackboneConfig, compose
+from sparsecontrast.config import compose
 from sparsecontrast.errors import ConfigError, MethodError, MissingDataError, ModelError
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.models import tiles, tokens
 from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
+from sparsecontrast.settings import BackboneConfig
 
 WIDTHS = {"convnext_atto": 320, "convnext_tiny": 768, "resnet18": 512, "resnet50_gn": 2048}
 SMALL = ("convnext_atto", "resnet18")

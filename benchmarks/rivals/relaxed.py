@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.contenders import Contrast
 from benchmarks.rivals.perturbed import perturbed_top_k, unit_range
-from sparsecontrast.config import MethodConfig
 from sparsecontrast.models import tokens
 from sparsecontrast.models.saliency import EXCLUDED, SaliencyPredictor, excluded_cells
 from sparsecontrast.models.sparse_vit import SparseViT
+from sparsecontrast.settings import MethodConfig
 
 
 class ChangedViT(SparseViT):

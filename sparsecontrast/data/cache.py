@@ -26,11 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsecontrast.config import Config, DataConfig, anchored, as_dict
+from sparsecontrast.config import anchored, as_dict
 from sparsecontrast.data.dataset import Dataset, cached_boxes
 from sparsecontrast.data.decode import Reader, Task, read_pixels
 from sparsecontrast.data.store import open_pixels
 from sparsecontrast.errors import EmptySiteError, IndexSchemaError, StorageError
+from sparsecontrast.settings import Config, DataConfig
 
 if TYPE_CHECKING:
     import pandas as pd

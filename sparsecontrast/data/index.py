@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from sparsecontrast.config import DataConfig, anchored
+from sparsecontrast.config import anchored
 from sparsecontrast.data.filters import is_chest, is_frontal, normal_view
 from sparsecontrast.data.images import Header, read_header
 from sparsecontrast.data.pseudonyms import load_key, pseudonym
@@ -33,6 +33,7 @@ from sparsecontrast.errors import (
     StorageError,
 )
 from sparsecontrast.progress import track
+from sparsecontrast.settings import DataConfig
 
 TEXTS = ("image_id", "path", "patient_id", "study_id", "site", "view", "split")
 COLUMNS = (*TEXTS, "height", "width")

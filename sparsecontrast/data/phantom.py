@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsecontrast.config import PhantomConfig
 from sparsecontrast.data.anatomy import (
     Anatomy,
     Array,
@@ -58,6 +57,7 @@ from sparsecontrast.data.skeleton import (
 )
 from sparsecontrast.data.vessels import vessels
 from sparsecontrast.errors import ConfigError, DataError
+from sparsecontrast.settings import PhantomConfig
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsecontrast.config import Config, SiteConfig, anchored, check, compose
+from sparsecontrast.config import anchored, check, compose
 from sparsecontrast.doctor import images, machine, server, state
 from sparsecontrast.doctor.finding import Check, Finding, guarded
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.settings import Config, SiteConfig
 from sparsecontrast.site_file import SiteFile, read_site_file
 
 

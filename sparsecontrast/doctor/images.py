@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparsecontrast.config import Config
 from sparsecontrast.doctor.finding import Finding
 from sparsecontrast.errors import DataError, ImageReadError
+from sparsecontrast.settings import Config
 
 if TYPE_CHECKING:
     import pandas as pd

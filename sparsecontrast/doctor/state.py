@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsecontrast.config import Config
 from sparsecontrast.doctor.finding import Finding
 from sparsecontrast.errors import ConfigError, EgressError, LedgerError, StorageError
+from sparsecontrast.settings import Config
 
 
 def ledger(config: Config, state_dir: Path) -> Iterator[Finding]:

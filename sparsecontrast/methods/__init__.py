@@ -4,12 +4,12 @@ import dataclasses
 
 import torch
 
-from sparsecontrast.config import BackboneConfig, Config
 from sparsecontrast.methods.method import refuse_coupled
 from sparsecontrast.methods.patch_contrast import PatchContrast
 from sparsecontrast.methods.sparse_contrast import SparseContrast
 from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
+from sparsecontrast.settings import BackboneConfig, Config
 
 METHODS: dict[str, type[SparseContrast] | type[PatchContrast]] = {
     "sparse_contrast": SparseContrast,

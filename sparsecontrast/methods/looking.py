@@ -7,7 +7,6 @@ the image, with ``method.focus`` beside a mean over the kept cells, weighted by 
 import torch
 from torch import Tensor, nn
 
-from sparsecontrast.config import MethodConfig
 from sparsecontrast.methods.method import SHARED, Choice, Look
 from sparsecontrast.methods.schedule import keep_ratio
 from sparsecontrast.models import tokens
@@ -21,6 +20,7 @@ from sparsecontrast.models.saliency import (
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
 from sparsecontrast.models.surprise import SurprisePredictor
+from sparsecontrast.settings import MethodConfig
 
 
 class Looking(nn.Module):

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsecontrast import losses
-from sparsecontrast.config import MethodConfig
 from sparsecontrast.errors import MethodError
 from sparsecontrast.methods.looking import Looking, build_projector
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.models import tokens
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
+from sparsecontrast.settings import MethodConfig
 
 
 class PatchContrast(Looking):

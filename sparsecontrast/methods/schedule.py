@@ -2,7 +2,7 @@
 
 import math
 
-from sparsecontrast.config import MethodConfig
+from sparsecontrast.settings import MethodConfig
 
 RAMP = 0.2  # of all rounds: the cosine from dense to the target, after the dense start
 

@@ -33,12 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecontrast import losses
-from sparsecontrast.config import MethodConfig
 from sparsecontrast.methods.looking import Looking, build_projector
 from sparsecontrast.methods.method import Batch, Choice
 from sparsecontrast.models import tokens
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
+from sparsecontrast.settings import MethodConfig
 
 
 class SparseContrast(Looking):

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparsecontrast.config import BackboneConfig
 from sparsecontrast.errors import MissingDataError, ModelError
+from sparsecontrast.settings import BackboneConfig
 
 
 def pretrained_state(config: BackboneConfig) -> dict[str, Tensor]:

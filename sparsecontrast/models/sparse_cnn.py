@@ -26,11 +26,11 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsecontrast.config import BackboneConfig
 from sparsecontrast.errors import MethodError, ModelError
 from sparsecontrast.models import tiles, tokens
 from sparsecontrast.models.pretrained import load_fitting, pretrained_state, sum_over_rgb
 from sparsecontrast.models.small_maps import set_small_maps
+from sparsecontrast.settings import BackboneConfig
 
 REDUCTION = 4  # side of the average pool in front of the overview, as in front of the scorer
 OVERVIEW_STRIDE = 8  # of its last feature map, in its own pixels: two stages

@@ -15,11 +15,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from sparsecontrast.config import BackboneConfig
 from sparsecontrast.errors import ModelError
 from sparsecontrast.models import tokens
 from sparsecontrast.models.pretrained import load_fitting, pretrained_state, sum_over_rgb
 from sparsecontrast.models.pyramid import build_pyramid
+from sparsecontrast.settings import BackboneConfig
 
 
 class SparseViT(nn.Module):

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsecontrast.config import Config, check, compose
+from sparsecontrast.config import check, compose
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.provision.authority import public_key
 from sparsecontrast.ranges import check_range
+from sparsecontrast.settings import Config
 from sparsecontrast.site_file import EgressPolicy, Limits, parse_site_file
 from sparsecontrast.structure import build
 
