@@ -10,7 +10,7 @@ PACKAGES = ("sparsecontrast", "server", "client", "simulation", "benchmarks")
 FILES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 
 DOORS = {
-    "flwr": ("server/", "client/", "simulation/"),
+    "flwr": ("server/", "client/", "simulation/", "benchmarks/fault_cases/"),  # faults stand between the apps
     "ray": (),
     "opacus": (
         "sparsecontrast/privacy.py",
@@ -114,6 +114,7 @@ ROOMS = {
     "client/": ("client", *LIBRARY),
     "simulation/": ("simulation", "server", "client", *LIBRARY),
     "benchmarks/": ("benchmarks", *LIBRARY),
+    "benchmarks/fault_cases/": ("benchmarks", "simulation", "server", "client", *LIBRARY),
 }
 
 
