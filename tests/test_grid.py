@@ -48,6 +48,17 @@ def test_workers_are_reused_over_rounds(grid):
     assert len(grid.pids) == 2
 
 
+def test_a_reply_that_comes_twice_at_once_counts_once(grid):
+    class Twice:
+        push_messages, idle = grid.push_messages, grid.idle
+
+        def pull_messages(self, ids):
+            return [message for message in grid.pull_messages(ids) for _ in range(2)]
+
+    answers = ask(Twice(), {"s0": letter(next(iter(grid.get_node_ids())))}, "train", 60.0, "1")
+    assert list(answers.replies) == list(answers.seconds) == ["s0"] and not answers.silent
+
+
 def test_a_dying_worker_is_an_error_reply_and_is_replaced(grid):
     before = set(grid.pids)
     answers = exchange(grid, ["echo", "die", "echo"])

@@ -323,3 +323,18 @@ def test_reading_in_threads_leaves_the_warning_filters_as_they_were():
         shapes = list(pool.map(attempt, names * 12))
     assert warnings.filters == before
     assert shapes == [None, None, (16, 16), (512, 512)] * 12
+
+
+def test_a_decoder_that_panics_is_a_file_that_cannot_be_read(tmp_path):
+    """pylibjpeg's RLE decoder is written in Rust: its panic is no Exception."""
+    data, columns = (FOLDER / "RG3_RLE.dcm").read_bytes(), b"\x28\x00\x11\x00US\x02\x00"
+    at = data.index(columns) + len(columns)
+    (tmp_path / "a").write_bytes(data[:at] + b"\x03\x00" + data[at + 2 :])
+    with pytest.raises(ImageReadError, match="cannot be decoded .RLE Lossless.: index out of bounds"):
+        read_image(tmp_path / "a")
+
+
+def test_bytes_that_do_not_fit_the_header_are_no_image(tmp_path):
+    """Three columns of twelve: pydicom would take the rest for more frames, and those for rows."""
+    with pytest.raises(ImageReadError, match=r"the header says 12 x 3"):
+        read_image(write_dicom(tmp_path / "a", np.arange(144, dtype=np.uint8).reshape(12, 12), Columns=3))

@@ -17,6 +17,7 @@ DOORS = {
         "simulation/",
         "benchmarks/deployment.py",
         "benchmarks/first_step.py",
+        "benchmarks/fault_cases/",
     ),
     "ray": (),
     "opacus": (
@@ -125,6 +126,7 @@ ROOMS = {
     "benchmarks/": ("benchmarks", *LIBRARY),
     "benchmarks/deployment.py": ("benchmarks", "simulation", "server", *LIBRARY),
     "benchmarks/first_step.py": ("benchmarks", "client", *LIBRARY),
+    "benchmarks/fault_cases/": ("benchmarks", "simulation", "server", "client", *LIBRARY),
 }
 
 

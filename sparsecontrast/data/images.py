@@ -107,7 +107,10 @@ def decode_dicom(path: str | os.PathLike[str]) -> tuple["Dataset", np.ndarray]:
             raise ImageReadError("no pixel data: the file never had any, or is cut short")
         if _number(dataset.get("NumberOfFrames") or 1, "NumberOfFrames") > 1:
             raise ImageReadError("several frames: one radiograph a file is expected")
-        return dataset, _pixels(dataset)
+        stored, told = _pixels(dataset), (dataset.Rows, dataset.Columns)
+        if stored.shape[:2] != told:  # too many bytes are taken for more frames, and those for rows
+            raise ImageReadError(f"pixels of shape {stored.shape}, the header says {told[0]} x {told[1]}")
+        return dataset, stored
 
 
 def _pixels(dataset: "Dataset") -> np.ndarray:
@@ -122,7 +125,9 @@ def _pixels(dataset: "Dataset") -> np.ndarray:
             if not plugin:
                 raise
             return pixel_array(dataset)
-    except Exception as error:  # decoders raise anything, even on intact headers
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # decoders raise anything, those in Rust what is no Exception
         detail = " ".join(str(error).split())
         raise ImageReadError(f"pixels cannot be decoded ({syntax}): {detail[:200]}") from error
 

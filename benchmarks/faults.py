@@ -1,0 +1,73 @@
+"""``python -m benchmarks.faults``: every fault that a federation must survive, injected for real.
+
+    python -m benchmarks.faults [--quick] [--only GROUP ...] [--out DIR] [--json FILE]
+
+A case is one fault and what must hold under it; it is judged once, its row kept under ``--out``, and the
+command given again goes on with what is missing (``--again`` judges what failed anew). A case that fails
+stays in the table with what was found. Exit status 1 where one failed.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fault_cases.case import judge
+from benchmarks.record import print_table, write_result
+
+GROUPS = ("replies", "sites", "inputs")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge the cases, print each group and the whole; 0 where all held."""
+    options = _parser().parse_args(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = options.out or Path(scratch)
+        rows: list[dict[str, Any]] = []
+        for group in options.only or GROUPS:
+            found = run_group(group, out.resolve(), options.quick, options.again)
+            print_table(group, found)
+            print(_held(found, group), flush=True)
+            rows += found
+    print(_held(rows, "all"))
+    if options.json:
+        quick = " --quick" if options.quick else ""
+        only = f" --only {' '.join(options.only)}" if options.only else ""
+        write_result("faults", f"python -m benchmarks.faults{quick}{only}", rows, options.json)
+    return int(not all(row["held"] for row in rows))
+
+
+def run_group(group: str, out: Path, quick: bool, again: bool = False) -> list[dict[str, Any]]:
+    """Judge a group's cases, one after the other, and tell each as it ends; returns their rows."""
+    module = importlib.import_module(f"benchmarks.fault_cases.{group}")
+    rows = []
+    with module.cases(out / "work" / group, quick) as found:
+        for case in found:
+            row = judge(case, out, again)
+            rows.append(row)
+            word = "held  " if row["held"] else "FAILED"
+            print(f"{word} {group}: {row['fault']}: {row['found']}", flush=True)
+    return rows
+
+
+def _held(rows: Sequence[dict[str, Any]], name: str) -> str:
+    return f"{name}: {sum(row['held'] for row in rows)} of {len(rows)}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cases of the fast groups")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep rows here, and go on with them")
+    parser.add_argument("--again", action="store_true", help="judge anew what failed")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
