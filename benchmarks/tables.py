@@ -142,14 +142,16 @@ REAL = (("bacterial against viral", None), ("pneumonia against normal", None), (
 
 
 def quality(data: str, asked: Sequence[tuple[str, str | None]]) -> str:
-    """AUROC of every arm and its paired difference to dense, with the interval over patients and seeds."""
+    """AUROC of every arm, and the paired differences with their intervals over patients and seeds."""
     found: dict[str, Rows] = {}
     for row in rows("quality-cpu.json"):
         if row["data"] == data and "auroc" in row:
             found.setdefault(row["arm"], []).append(row)
     head = ["arm", "steps", "CPU s"]
     head += [
-        text for task, label in asked for text in (label if label not in (None, "macro") else task, "− dense")
+        text
+        for task, label in asked
+        for text in (label if label not in (None, "macro") else task, "− dense", "ours − it")
     ]
     body = []
     for arm, mine in found.items():
@@ -160,15 +162,17 @@ def quality(data: str, asked: Sequence[tuple[str, str | None]]) -> str:
     return markdown(head, body)
 
 
-def _difference(mine: Rows, task: str, label: str | None) -> tuple[str, str]:
-    """AUROC, and the difference with its interval; of a task's only label where ``label`` is None."""
+def _difference(mine: Rows, task: str, label: str | None) -> tuple[str, str, str]:
+    """AUROC, and both differences with their intervals; of a task's only label where ``label`` is None."""
     row = next((r for r in mine if r["task"] == task and label in (None, r["label"])), None)
     if row is None:
-        return "–", "–"
-    low, high = row.get("minus_dense_low"), row.get("minus_dense_high")
-    if low is None or high is None:
-        return f"{row['auroc']:.3f}", "–"
-    return f"{row['auroc']:.3f}", f"{row['minus_dense']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return "–", "–", "–"
+    return f"{row['auroc']:.3f}", _spread(row, "minus_dense"), _spread(row, "ours_minus")
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return "–" if low is None or high is None else f"{row[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def epoch() -> str:
