@@ -25,11 +25,13 @@ def test_an_unknown_table_is_refused_and_text_around_a_table_stays():
     assert filled.endswith("|\n\n<!-- end -->\nafter\n") and tables.fill(filled) == filled
 
 
-def test_a_difference_is_shown_with_its_interval():
+def test_differences_are_shown_with_their_intervals():
     row = {"task": "t", "label": "a", "auroc": 0.7, "minus_dense": 0.02, "minus_dense_low": -0.01}
-    assert tables._difference([row | {"minus_dense_high": 0.05}], "t", None) == (
+    both = row | {"minus_dense_high": 0.05, "ours_minus": 0.1, "ours_minus_low": 0.09, "ours_minus_high": 0.2}
+    assert tables._difference([both], "t", None) == (
         "0.700",
         "+0.020 [-0.010, +0.050]",
+        "+0.100 [+0.090, +0.200]",
     )
-    assert tables._difference([row], "t", "a") == ("0.700", "–")  # pixels are one model: nothing to pair
-    assert tables._difference([row], "t", "b") == ("–", "–")
+    assert tables._difference([row], "t", "a") == ("0.700", "–", "–")  # one model: nothing to pair
+    assert tables._difference([row], "t", "b") == ("–", "–", "–")
