@@ -7,9 +7,11 @@ was built. Saved bytes are those of the distinct storages that autograd holds, p
 """
 
 import gc
+import itertools
 import multiprocessing
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it at its first step, where it would be counted
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contenders import Contender, Model, Workload, build_workload, random_batch
 from sparsecontrast.methods.method import Batch
@@ -32,14 +34,48 @@ def training_memory(contender: Contender, model: Model, batch: int, device: torc
     return _in_clean_process(_measure_resident, contender, model, batch)
 
 
-def peak_of(build: Callable[[], Callable[[], object]]) -> float:
+def peak_of(build: Callable[[], Callable[[], object]], warm: Callable[[], Any] | None = None) -> float:
     """Measure the peak of two steps in MiB on a CPU, in a process of its own.
 
     Args:
         build: makes the step; a function of a module, or a partial of one: its module is imported before
             the count begins.
+        warm: makes a small step of the same kind, run before the count begins: what libraries load and keep
+            for themselves is then left out.
     """
-    return _in_clean_process(_measure_peak, build)
+    return _in_clean_process(_measure_peak, build, warm)
+
+
+def allocated_peak(step: Callable[[], object]) -> float:
+    """Measure the most MiB that the tensors of a step take at one time on a CPU, temporary ones too.
+
+    From torch's own record of allocations: exact and the same each time, where a small step's resident memory
+    drowns in what libraries keep for themselves. Work space of matrix libraries is not in it.
+    """
+    step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a profiler's events are cleared
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as told:
+            step()
+    assert told.profiler is not None and told.profiler.kineto_results is not None
+    events = [e for e in told.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # type: ignore[attr-defined]
+    return max(itertools.accumulate(changes), default=0) / MIB
+
+
+def cuda_peak(build: Callable[[], Callable[[], object]]) -> float:
+    """Measure the peak of a step in MiB on the current GPU, beyond what was there before it was built."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    step = build()
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def _in_clean_process(measure: Callable[..., Any], *words: Any) -> Any:
@@ -52,8 +88,18 @@ def _in_clean_process(measure: Callable[..., Any], *words: Any) -> Any:
 
 def step_saved(work: Workload, batch: Batch) -> int:
     """Train one step; return the bytes of the distinct storages that autograd saved for its backward pass."""
+    saved, loss = saved_by(lambda: work.loss(batch), work.module)
+    work.update(loss)
+    return saved
+
+
+def saved_by(forward: Callable[[], Tensor], module: nn.Module) -> tuple[int, Tensor]:
+    """Run forward; return the bytes of the distinct storages that autograd saved, and the result.
+
+    The module's own parameters are left out.
+    """
     storages: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in work.module.parameters()}
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()  # alive until the backward pass: no address comes twice
@@ -62,9 +108,8 @@ def step_saved(work: Workload, batch: Batch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = work.loss(batch)
-    work.update(loss)
-    return sum(storages.values())
+        result = forward()
+    return sum(storages.values()), result
 
 
 def _measure_resident(contender: Contender, model: Model, batch: int) -> dict[str, float]:
@@ -78,8 +123,11 @@ def _measure_resident(contender: Contender, model: Model, batch: int) -> dict[st
     return {"peak_mib": (_peak() - before) / MIB, "saved_mib": saved / MIB}
 
 
-def _measure_peak(build: Callable[[], Callable[[], object]]) -> float:
+def _measure_peak(build: Callable[[], Callable[[], object]], warm: Callable[[], Any] | None) -> float:
     torch.set_num_threads(1)
+    if warm is not None:
+        warm()()
+        gc.collect()
     before = _resident()
     step = build()
     for _ in range(2):

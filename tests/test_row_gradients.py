@@ -12,6 +12,7 @@ from sparsecontrast.config import compose
 from sparsecontrast.coupling import noise_batch
 from sparsecontrast.errors import MethodError
 from sparsecontrast.methods import build_method
+from sparsecontrast.models.linformer import TokenMix
 from sparsecontrast.models.rows import SAMPLERS, Outer
 from sparsecontrast.row_gradients import RowGradients
 from tests.private import CNN, RESNET, VIT, Tiny, batch_of, library_method
@@ -60,6 +61,7 @@ def rows_by_loop(layer, x):
         (nn.LayerNorm(4), (3, 2, 5, 4)),
         (LayerNorm2d(4), (3, 4, 5, 5)),
         (LayerScale(4), (3, 5, 4)),
+        (TokenMix(5, 2, bias=False), (3, 5, 4)),
     ],
     ids=lambda v: str(v)[:60],
 )

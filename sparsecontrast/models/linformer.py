@@ -33,6 +33,14 @@ def linformer_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> 
     return F.scaled_dot_product_attention(q, projection @ k, projection @ v)
 
 
+class TokenMix(nn.Linear):
+    """A linear layer over the tokens instead of the channels: [B, N, D] -> [B, k, D], nothing transposed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Mix tokens."""
+        return torch.bmm(self.weight.expand(len(input), -1, -1), input)
+
+
 class Linformer(nn.Module):
     """Self-attention of linear complexity over exactly N tokens.
 
@@ -46,14 +54,13 @@ class Linformer(nn.Module):
     def __init__(self, dim: int, heads: int, tokens: int, landmarks: int):
         super().__init__()
         self.heads = heads
-        self.mix = nn.Linear(tokens, min(landmarks, tokens), bias=False)
+        self.mix = TokenMix(tokens, min(landmarks, tokens), bias=False)
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         with torch.no_grad():
             self.mix.weight.copy_(segment_matrix(tokens, landmarks))
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend: [B, N, D] -> [B, N, D]."""
-        mixed = self.mix(x.mT).mT
         q = split_heads(self.q(x), self.heads)
-        k, v = (split_heads(part, self.heads) for part in self.kv(mixed).chunk(2, dim=-1))
+        k, v = (split_heads(part, self.heads) for part in self.kv(self.mix(x)).chunk(2, dim=-1))
         return self.out(merge_heads(F.scaled_dot_product_attention(q, k, v)))

@@ -8,6 +8,8 @@ head; the authors' code takes the largest of the batch, through which every row 
 With as many landmarks as tokens it is softmax attention, as far as the iterations have converged.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,18 +45,54 @@ def nystrom_attention(
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """Approach the Moore-Penrose inverse of [..., m, m], whose rows are shares (>= 0, sum 1).
+    """Approach the Moore-Penrose inverse of [B, H, m, m], whose rows are shares (>= 0, sum 1).
 
     Razavi et al. 2014. The smaller a singular value, the more iterations it takes; those that are not
     inverted yet are left out almost, never blown up.
     """
     start = a.sum(-2).amax(-1)[..., None, None]  # |A|_1; |A|_inf is the largest sum of a row, which is 1
-    z = a.mT / start
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    for _ in range(iterations):
-        az = a @ z
-        z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))
-    return z
+    square, first = (x.flatten(0, -3) for x in (a, a.mT / start))
+    return _Iterate.apply(square, first, iterations).view(a.shape)  # type: ignore[union-attr]
+
+
+class _Iterate(torch.autograd.Function):
+    """z <- z (13 - y (15 - y (7 - y))) / 4 with y = a z, again and again.
+
+    A step is four small products; recorded one by one they would cost more than they compute. What is kept
+    is z of each step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, z: Tensor, iterations: int) -> Tensor:
+        held = [a, z]
+        for _ in range(iterations):
+            z = torch.baddbmm(z, z, _polynomial(torch.bmm(a, z))[0], beta=0, alpha=0.25)
+            held.append(z)
+        ctx.save_for_backward(*held)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (a, *steps), up = ctx.saved_tensors, gradients[0]
+        d_a = torch.zeros_like(a)
+        for z in reversed(steps[:-1]):
+            y = torch.bmm(a, z)
+            p, inner, innermost = _polynomial(y)
+            d_p = torch.bmm(z.mT, up).mul_(0.25)
+            d_inner = torch.bmm(y.mT, d_p)  # less than nothing: each bracket is subtracted
+            d_y = torch.bmm(d_p, inner.mT).neg_().baddbmm_(d_inner, innermost.mT)
+            d_y.baddbmm_(y.mT, d_inner, alpha=-1)
+            d_a.baddbmm_(d_y, z.mT)
+            up = torch.bmm(up, p.mT).mul_(0.25).baddbmm_(a.mT, d_y)
+        return d_a, up, None
+
+
+def _polynomial(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """13 - y (15 - y (7 - y)), and its two inner brackets."""
+    eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+    innermost = 7 * eye - y
+    inner = torch.baddbmm(15 * eye, y, innermost, alpha=-1)
+    return torch.baddbmm(13 * eye, y, inner, alpha=-1), inner, innermost
 
 
 class Nystromformer(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecontrast.models.heads import merge_heads, split_heads
+from sparsecontrast.models.summaries import gather, spread
 
 
 def orthogonal_directions(count: int, width: int, generator: torch.Generator) -> Tensor:
@@ -38,24 +39,15 @@ def performer_attention(q: Tensor, k: Tensor, v: Tensor, directions: Tensor) -> 
         directions: [H, M, d].
 
     Returns:
-        [B, H, N, d] in the type of ``v``; features are computed in float32 at least.
+        [B, H, N, d] in the type of ``q``; computed in float32 at least.
     """
+    scale = q.shape[-1] ** -0.25
+    wide = torch.promote_types(q.dtype, torch.float32)
+    w = directions.to(wide).expand(len(q), -1, -1, -1)
     with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scale = q.shape[-1] ** -0.25
-        w = directions.to(wide) * scale
-        length = k.to(wide).square().sum(-1) * (scale**2 / 2)
-        mass, summaries = _gather(w @ k.to(wide).mT - length[..., None, :], v)
-        weights = (q.to(wide) @ w.mT + mass[..., None, :]).softmax(-1)
-        return weights.to(v.dtype) @ summaries.to(v.dtype)
-
-
-def _gather(logits: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """From logits [B, H, M, N], log of their sum of exponentials [B, H, M], softmax times v [B, H, M, d]."""
-    top = logits.detach().amax(-1, keepdim=True)
-    shares = (logits - top).exp()
-    total = shares.sum(-1, keepdim=True)
-    return (total.log() + top).squeeze(-1), (shares.to(v.dtype) @ v).to(logits.dtype) / total
+        size = k.to(wide).square().sum(-1)
+        summaries, mass = gather(w, k, v, scale, size * (-(scale**2) / 2))
+        return spread(q, w, summaries, scale, mass)
 
 
 class Performer(nn.Module):

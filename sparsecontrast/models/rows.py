@@ -22,6 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from sparsecontrast.models.linformer import TokenMix
 from sparsecontrast.models.small_maps import SmallMapConv2d
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import PatchProjection, SparseViT
@@ -88,6 +89,12 @@ def linear_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Row
     if layer.bias is not None and layer.bias.requires_grad:
         rows[layer.bias] = g.sum(1)
     return rows
+
+
+def mix_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
+    """Rows of a linear layer over the tokens of [N, tokens, D]: weight [N, out, tokens]."""
+    assert isinstance(layer, TokenMix) and layer.bias is None
+    return {layer.weight: Outer(gradient.mT, inputs[0].to(gradient.dtype).mT, layer.weight.shape)}
 
 
 def conv_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -> Rows:
@@ -193,6 +200,7 @@ def block_scale_rows(layer: nn.Module, inputs: list[Tensor], gradient: Tensor) -
 
 SAMPLERS: dict[type[nn.Module], Sampler] = {
     nn.Linear: linear_rows,
+    TokenMix: mix_rows,
     nn.Conv2d: conv_rows,
     SmallMapConv2d: conv_rows,
     RingConv: ring_rows,
