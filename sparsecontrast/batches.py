@@ -1,13 +1,13 @@
-"""What one step sees: rows drawn from a site's images, made into two views."""
+"""What one step sees: rows drawn from a site's images, made into the views that the method asks for."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from sparsecontrast.data.transforms import Augmentation, shifted_views, two_views
+from sparsecontrast.data.transforms import Augmentation, mae_view, shifted_views, two_views
 from sparsecontrast.methods.method import Batch, Method
-from sparsecontrast.settings import Config
+from sparsecontrast.settings import Config, MethodConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Views:
         self, images: np.ndarray, patients: np.ndarray, rows: np.ndarray, partners: np.ndarray,
         generator: torch.Generator, step: int,
     ) -> Batch:  # fmt: skip
-        """Make two views of each row; the second is of its partner where that is another image.
+        """Make the views of each row; a second one is of its partner where that is another image.
 
         Args:
             images: uint8 [N, S, S]; may be memory-mapped.
@@ -41,7 +41,11 @@ class Views:
         size, (low, high) = self.config.backbone.img_size, self.config.train.crop_area
         augmentation = Augmentation(area=(low, high), degrees=self.config.train.rotation)
         pixels, shift = torch.from_numpy(np.asarray(images[rows])), None
-        if self.method.shifts_views:
+        codes = torch.from_numpy(np.asarray(patients[rows], dtype=np.int64)).to(self.device)
+        if self.method.views == "one":
+            only = mae_view(pixels, generator, size, augmentation)[0].to(self.device)
+            return Batch(only, only, codes, generator, step)
+        if self.method.views == "shifted":
             views, shift = shifted_views(pixels, generator, size, self.method.cell_size, augmentation)
             shift = shift.to(self.device)
         else:
@@ -50,10 +54,7 @@ class Views:
         if not np.array_equal(rows, partners):
             other = torch.from_numpy(np.asarray(images[partners]))
             second = two_views(other, generator, size, augmentation).second
-        codes = torch.from_numpy(np.asarray(patients[rows], dtype=np.int64))
-        return Batch(
-            views.first.to(self.device), second.to(self.device), codes.to(self.device), generator, step, shift
-        )
+        return Batch(views.first.to(self.device), second.to(self.device), codes, generator, step, shift)
 
 
 def epoch_batches(
@@ -64,7 +65,8 @@ def epoch_batches(
     A partner is the row itself, or with ``method.same_patient`` a random image of the same patient
     (MedAug, Vu et al. 2021). A last short batch is dropped unless it is the only one.
     """
-    n = len(patients)
+    n, method = len(patients), config.method
+    pairs = isinstance(method, MethodConfig) and method.same_patient
     size = min(config.train.batch_size, n)
     batches: list[tuple[np.ndarray, np.ndarray]] = []
     passes, steps = config.train.local_epochs, config.train.steps
@@ -72,7 +74,7 @@ def epoch_batches(
         order = torch.randperm(n, generator=generator).numpy()
         for start in range(0, n - size + 1, size):
             rows = np.sort(order[start : start + size])  # ascending rows read a memory map in order
-            partners = _partners(rows, patients, generator) if config.method.same_patient else rows
+            partners = _partners(rows, patients, generator) if pairs else rows
             batches.append((rows, partners))
     return batches[:steps]
 

@@ -205,9 +205,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--keep",
         type=_share,
-        default="sparse",
+        default=None,
         metavar="dense|sparse|NUMBER",
-        help="share of the tokens (CNN: of the tiles) in the sparse graph; default sparse, as the run has it",
+        help="share of the tokens (CNN: of the tiles) in the sparse graph; default sparse, as the run has it "
+        "where its method chooses regions",
     )
     export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
     export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")

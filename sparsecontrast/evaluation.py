@@ -34,7 +34,7 @@ from sparsecontrast.overlays import selection_recall, selection_spread
 from sparsecontrast.progress import progress
 from sparsecontrast.runs import EVALUATION, PARTITION, Run, read_run, read_table
 from sparsecontrast.scoring import METRICS, Features, Scorer
-from sparsecontrast.settings import DataConfig
+from sparsecontrast.settings import DataConfig, MethodConfig
 from sparsecontrast.tasks import make_table, parse_tasks
 
 if TYPE_CHECKING:
@@ -142,8 +142,13 @@ def versions() -> dict[str, str]:
 
 
 def _selection(run: Run, method: Method, dataset: "Dataset") -> dict[str, Any] | None:
-    """What the choice of cells is worth: recall of boxes, and whether a learned choice has collapsed."""
+    """What the choice of cells is worth: recall of boxes, and whether a learned choice has collapsed.
+
+    None of a method that chooses nothing.
+    """
     config = run.config
+    if not isinstance(config.method, MethodConfig):
+        return None
     found = selection_recall(method, dataset, config.evaluation.bootstrap, config.seed)
     chooses = config.method.keep < 1 and config.method.selection in LEARNED
     spread = selection_spread(method, dataset) if chooses else None

@@ -28,7 +28,7 @@ from sparsecontrast.errors import ConfigError, ExportError
 from sparsecontrast.export_onnx import require_onnx, write_graphs
 from sparsecontrast.models.sparse_cnn import SparseCNN, timm_arguments
 from sparsecontrast.models.sparse_vit import SparseViT
-from sparsecontrast.settings import BackboneConfig, Config, MethodConfig
+from sparsecontrast.settings import BackboneConfig, Config, MethodConfig, MiramConfig
 
 VERSION = 1
 FORMATS = ("timm", "onnx")
@@ -39,7 +39,7 @@ PHANTOMS, NOISE = 6, 2  # images to check with: radiographs no hospital owns, an
 
 
 def export_run(
-    run_dir: str | Path, out: str | Path, keep: str | float = "sparse",
+    run_dir: str | Path, out: str | Path, keep: str | float | None = None,
     formats: Sequence[str] = FORMATS, int8: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Export the newest round of a run into the new folder ``out``.
@@ -48,7 +48,7 @@ def export_run(
         run_dir: a run folder with at least one trained round; its data are not needed.
         out: not there, or empty.
         keep: of the sparse graph: ``sparse`` as the run was configured, a share of the tokens (of a
-            CNN's tiles), or ``dense`` for none.
+            CNN's tiles), or ``dense`` for none. None is ``sparse`` where the method chooses regions.
         formats: of ``FORMATS``.
         int8: write quantised ONNX graphs too.
 
@@ -75,6 +75,8 @@ def export_run(
     found = trained_round(run)
     method = load_method(run.config, found.tensors)
     images = check_images(run.config.backbone.img_size)
+    if keep is None:
+        keep = "sparse" if isinstance(run.config.method, MethodConfig) else "dense"
     kept = method.choose(images, keep).kept
     if "onnx" in formats:
         _check_selection(run.config.method, kept)
@@ -115,7 +117,9 @@ def _check_formats(formats: Sequence[str], int8: bool) -> None:
         raise ConfigError("--int8 writes ONNX graphs: add onnx to --format")
 
 
-def _check_selection(config: MethodConfig, kept: Tensor | None) -> None:
+def _check_selection(config: MethodConfig | MiramConfig, kept: Tensor | None) -> None:
+    if isinstance(config, MiramConfig):
+        return
     # focus weighs all cells by the draw, so that not even the dense graph can do without it
     if config.selection == "random" and (config.focus or kept is not None):
         instead = "--format timm" if config.focus else "--keep dense"
@@ -200,8 +204,9 @@ def _keep(config: Config, method: Any, keep: str | float, kept: Tensor | None) -
     fine = cells if kept is None else kept.shape[1]
     rows, columns = method.backbone.grid
     patches = {} if config.backbone.tiles else {"cell_in_patches": config.method.cell}
+    chooses = isinstance(config.method, MethodConfig)
     return {
-        "asked": keep, "selection": config.method.selection, "grid": [rows, columns],
+        "asked": keep, "selection": config.method.selection if chooses else None, "grid": [rows, columns],
         "cell_in_pixels": config.backbone.img_size // rows, **patches, "cells": cells, "fine_cells": fine,
     }  # fmt: skip
 

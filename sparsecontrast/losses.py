@@ -54,6 +54,16 @@ def patch_info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return (0.5 * (logits.logsumexp(2) + logits.logsumexp(1)) - positive).mean(1)
 
 
+def reconstruction(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of what was hidden (He et al., arXiv 2111.06377, section 3): [B], >= 0.
+
+    Args:
+        predicted: pixels of hidden tokens [B, T, pixels].
+        target: of the same shape.
+    """
+    return (predicted.float() - target.float()).square().mean(dim=(1, 2))
+
+
 def chance_level(patients: Tensor) -> Tensor:
     """Mean of ``info_nce`` where all embeddings are one: of ln(1 + negatives) over the rows of [B] patients.
 

@@ -47,6 +47,12 @@ RANGES: dict[str, Bounds] = {
     "method.sparsity_weight": WEIGHT,
     "method.dense_start": SHARE,
     "method.dense_end": SHARE,
+    "method.mask_ratio": (0, 1, "()"),
+    "method.high_weight": WEIGHT,
+    "method.landmarks": (1, 65536, "[]"),
+    "method.decoder_dim": (4, 65536, "[]"),
+    "method.decoder_depth": (1, 1000, "[]"),
+    "method.decoder_heads": (1, 65536, "[]"),
     "data.image_size": (1, PIXELS, "[]"),
     "data.val_fraction": (0, 1, "[)"),
     "data.test_fraction": (0, 1, "[)"),
@@ -101,11 +107,14 @@ RANGES: dict[str, Bounds] = {
 def check_ranges(config: Any) -> None:
     """Hold every key of ``RANGES`` to its range; None stands for no number, a tuple for each of its own.
 
+    A key of another method than the configured one is not there and has nothing to hold.
+
     Raises:
         ConfigError: a value outside; says which key, and its range.
     """
     for key, bounds in RANGES.items():
-        value = attrgetter(key)(config)
+        group, _, name = key.rpartition(".")
+        value = getattr(attrgetter(group)(config) if group else config, name, None)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None:
                 check_range(key, number, bounds)

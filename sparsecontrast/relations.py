@@ -3,14 +3,10 @@
 The range of one key on its own stands in ``ranges.py`` and holds already.
 """
 
-from typing import TYPE_CHECKING
-
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.levels import STRIDE, stack_grids
 from sparsecontrast.ranges import MAX_STEPS
-
-if TYPE_CHECKING:
-    from sparsecontrast.settings import Config
+from sparsecontrast.settings import Config, MethodConfig, MiramConfig
 
 BASELINES = ("pixels", "random_init", "start", "local_only", "centralised")
 """What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
@@ -22,20 +18,20 @@ Relations = list[tuple[bool, str]]
 """Whether each holds, and what is said where it does not."""
 
 
-def check_relations(config: "Config") -> None:
+def check_relations(config: Config) -> None:
     """Refuse values that are possible by themselves, but not beside each other.
 
     Raises:
         ConfigError: the first relation that does not hold.
     """
     kind = _vit_relations if config.backbone.tiles is None else _cnn_relations
-    for relations in (kind, _relations, _privacy_relations, _evaluation_relations):
+    for relations in (kind, _method_relations, _relations, _privacy_relations, _evaluation_relations):
         for holds, message in relations(config):
             if not holds:
                 raise ConfigError(message)
 
 
-def _vit_relations(config: "Config") -> Relations:
+def _vit_relations(config: Config) -> Relations:
     """What a ViT's keys must be to each other."""
     b = config.backbone
     if b.patch_size is None or b.pool is None:
@@ -47,7 +43,7 @@ def _vit_relations(config: "Config") -> Relations:
     ]
 
 
-def _cnn_relations(config: "Config") -> Relations:
+def _cnn_relations(config: Config) -> Relations:
     """What a CNN's keys must be to each other."""
     b, tiles, halo = config.backbone, config.backbone.tiles or 1, config.backbone.halo or 0
     foreign = [f"backbone.{key}={v}" for key in ("patch_size", "depth", "pool") if (v := getattr(b, key))]
@@ -72,7 +68,7 @@ def _possible_tiles(size: int) -> str:
     return ", ".join(str(n) for n in range(2, size // STRIDE + 1) if size % (STRIDE * n) == 0)
 
 
-def _least_keep(config: "Config") -> float:
+def _least_keep(config: Config) -> float:
     """The smallest share: a ViT's highest level of cells, each one token; one tile of a CNN."""
     b, cell = config.backbone, config.method.cell
     if b.tiles is not None or b.patch_size is None:
@@ -83,27 +79,65 @@ def _least_keep(config: "Config") -> float:
     return (stack_grids((side, side), cell)[-1][0] / side) ** 2
 
 
-def _relations(config: "Config") -> Relations:
-    """What keys must be to each other, whatever the backbone."""
-    m, t, f, d = config.method, config.train, config.federation, config.data
-    least = _least_keep(config)
+def _method_relations(config: Config) -> Relations:
+    """What the method's keys must be to each other, and to the backbone's."""
+    m = config.method
+    return _miram_relations(config, m) if isinstance(m, MiramConfig) else _contrast_relations(config, m)
+
+
+def _contrast_relations(config: Config, m: MethodConfig) -> Relations:
+    least, both = _least_keep(config), m.dense_start + m.dense_end
     return [
         (
             least <= m.keep,
             f"method.keep={m.keep}: must be in [{least:g}, 1], all coarse (a CNN: one tile) to dense",
         ),
+        (both <= 1, f"method.dense_start + method.dense_end = {both:g}: must be at most 1"),
+    ]
+
+
+def _miram_relations(config: Config, m: MiramConfig) -> Relations:
+    b, e = config.backbone, config.evaluation
+    patches = (b.img_size // (b.patch_size or b.img_size)) ** 2
+    visible = round((1 - m.mask_ratio) * patches)
+    dim, heads = m.decoder_dim, m.decoder_heads
+    return [
         (
-            m.dense_start + m.dense_end <= 1,
-            f"method.dense_start + method.dense_end = {m.dense_start + m.dense_end:g}: must be at most 1",
+            b.tiles is not None or 0 < visible < patches,  # a CNN is refused where it is built
+            f"method.mask_ratio={m.mask_ratio}: of {patches} patches {visible} stay visible; some must be "
+            "visible and some hidden",
         ),
+        (
+            (b.patch_size or m.upsample) % m.upsample == 0,
+            f"method.upsample={m.upsample}: must divide backbone.patch_size={b.patch_size}",
+        ),
+        (
+            m.upsample > 1 or m.high_weight == 0,
+            "method.upsample=1: there is no higher resolution then; set method.high_weight=0",
+        ),
+        (
+            dim % heads == 0 and dim % 4 == 0,
+            f"method.decoder_dim={dim}: must be a multiple of 4 and of method.decoder_heads={heads}",
+        ),
+        (
+            e.keep in ("dense", 1.0),
+            f"evaluation.keep={e.keep}: method=miram chooses no regions, so only dense means anything",
+        ),
+    ]
+
+
+def _relations(config: Config) -> Relations:
+    """What keys must be to each other, whatever the method and the backbone."""
+    m, t, f, d = config.method, config.train, config.federation, config.data
+    return [
         (
             len(t.crop_area) == 2 and t.crop_area[0] <= t.crop_area[1],
             f"train.crop_area={list(t.crop_area)}: must be [low, high] with 0 < low <= high <= 1",
         ),
         (
-            config.audit.views == 0 or m.name == "patch_contrast",
+            config.audit.views == 0 or m.name in ("patch_contrast", "miram"),
             f"audit.views={config.audit.views}: method={m.name} has no loss of a single image, so membership "
-            "has no score; use method=patch_contrast",
+            "has no score; use method=patch_contrast or method=miram",
         ),
         (
             config.init is None or not config.backbone.pretrained,
@@ -121,7 +155,7 @@ def _relations(config: "Config") -> Relations:
     ]
 
 
-def _privacy_relations(config: "Config") -> Relations:
+def _privacy_relations(config: Config) -> Relations:
     """A number under ``none`` would look like privacy; without one, ``dp_sgd`` would promise nothing."""
     p = config.privacy
     told = [f"privacy.{key}={v}" for key, v in vars(p).items() if key != "name" and v is not None]
@@ -154,7 +188,7 @@ def _privacy_relations(config: "Config") -> Relations:
     ]
 
 
-def _evaluation_relations(config: "Config") -> Relations:
+def _evaluation_relations(config: Config) -> Relations:
     """What would otherwise be found after all training."""
     e, least = config.evaluation, _least_keep(config)
     unknown = sorted(set(e.baselines) - set(BASELINES))

@@ -27,7 +27,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """A pretraining method; ``configs/method/*.yaml`` explains every field."""
+    """A method that contrasts and chooses where to look; ``configs/method/*.yaml`` explains every field."""
 
     name: Literal["sparse_contrast", "dense_contrast", "patch_contrast"]
     selection: Literal["surprise", "attention", "random", "centre", "energy"]
@@ -50,6 +50,23 @@ class MethodConfig:
     same_patient: bool
     dense_start: float
     dense_end: float
+
+
+@dataclass(frozen=True)
+class MiramConfig:
+    """The method that reconstructs; ``configs/method/miram.yaml`` explains every field."""
+
+    name: Literal["miram"]
+    cell: int
+    mask_ratio: float
+    upsample: Literal[1, 2, 4]
+    high_weight: float
+    normalise: bool
+    attention: Literal["softmax", "linformer", "performer", "nystromformer"]
+    landmarks: int
+    decoder_dim: int
+    decoder_depth: int
+    decoder_heads: int
 
 
 @dataclass(frozen=True)
@@ -189,7 +206,7 @@ class AuditConfig:
 class Config:
     """One run, whole. ``overrides`` is what the user said, for the record and for the sites."""
 
-    method: MethodConfig
+    method: MethodConfig | MiramConfig
     backbone: BackboneConfig
     data: DataConfig
     privacy: PrivacyConfig

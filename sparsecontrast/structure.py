@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from sparsecontrast.errors import ConfigError
@@ -14,7 +14,8 @@ def build(cls: Any, values: Any, where: str) -> Any:
     """Build the dataclass ``cls`` from a mapping of its fields.
 
     Args:
-        cls: a dataclass; nested dataclasses, ``Literal``, unions and ``tuple[X, ...]`` are followed.
+        cls: a dataclass; nested dataclasses, ``Literal``, unions and ``tuple[X, ...]`` are followed. Of a
+            union of dataclasses it is the one whose field ``name``, a ``Literal``, holds the value's.
         values: plain values, as YAML gives them.
         where: the dotted path so far, for messages.
 
@@ -50,6 +51,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}={value!r}: must be one of {', '.join(map(str, args))}")
         return value
     if origin in (types.UnionType, typing.Union):
+        if all(map(dataclasses.is_dataclass, args)):
+            return build(_named(args, value, where), value, f"{where}.")
         for option in args:
             if _fits(option, value):
                 return _convert(option, value, where) if option is not type(None) else None
@@ -61,6 +64,15 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         _refuse_infinite(value, where)
         return _as_float(value, where) if hint is float else value
     raise ConfigError(f"{where}={value!r}: expected {getattr(hint, '__name__', hint)}")
+
+
+def _named(classes: Sequence[Any], value: Any, where: str) -> Any:
+    """Return the one of several dataclasses whose field ``name`` may be what the values say."""
+    name = value.get("name") if isinstance(value, Mapping) else None
+    names = {n: cls for cls in classes for n in typing.get_args(typing.get_type_hints(cls)["name"])}
+    if name not in names:
+        raise ConfigError(f"{where}.name={name!r}: must be one of {', '.join(names)}")
+    return names[name]
 
 
 def _as_float(value: Any, where: str) -> float:

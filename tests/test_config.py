@@ -16,7 +16,7 @@ from sparsecontrast.config import (
 )
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import RANGES, check_range
-from sparsecontrast.settings import Config
+from sparsecontrast.settings import Config, MethodConfig, MiramConfig
 
 
 def test_names_that_others_rely_on():
@@ -73,11 +73,40 @@ def test_one_string_of_overrides_as_flower_carries_it():
         ("seed=0.5", "seed"),
         ("selection=best", "selection"),
         ("seed", "seed"),
+        ("method.name=moco", "method.name='moco': must be one of sparse_contrast, .*, miram"),
     ],
 )
 def test_bad_override_is_one_clear_error(override, says):
     with pytest.raises(ConfigError, match=says):
         compose([override])
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("method.mask_ratio=0.999", "of 196 patches 0 stay visible"),
+        ("method.mask_ratio=0.001", "of 196 patches 196 stay visible"),
+        ("method.upsample=3", "method.upsample=3: must be one of 1, 2, 4"),
+        ("method.upsample=1", r"no higher resolution then; set method.high_weight=0"),
+        ("backbone.patch_size=14 method.upsample=4", "must divide backbone.patch_size=14"),
+        ("method.decoder_dim=66", "method.decoder_dim=66: must be a multiple of 4"),
+        ("method.decoder_heads=3", "and of method.decoder_heads=3"),
+        ("method.attention=flash", "method.attention='flash': must be one of softmax, linformer"),
+        ("evaluation.keep=sparse", "method=miram chooses no regions"),
+        ("evaluation.keep=auto", "method=miram chooses no regions"),
+        ("method.keep=0.5", "Could not override 'method.keep'"),
+    ],
+)
+def test_a_bad_override_of_miram_is_one_clear_error(override, says):
+    with pytest.raises(ConfigError, match=says):
+        compose(f"method=miram {override}")
+
+
+def test_methods_have_keys_of_their_own():
+    config = compose("method=miram method.mask_ratio=0.9")
+    assert isinstance(config.method, MiramConfig) and config.method.mask_ratio == 0.9
+    assert compose("method=miram method.upsample=1 method.high_weight=0").method.upsample == 1
+    assert isinstance(compose().method, MethodConfig)
 
 
 def numbers(cls: type = Config, where: str = "") -> dict[str, str]:
@@ -86,6 +115,8 @@ def numbers(cls: type = Config, where: str = "") -> dict[str, str]:
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             found |= numbers(typing.cast(type, hint), f"{where}{name}.")
+        elif hint == MethodConfig | MiramConfig:
+            found |= numbers(MethodConfig, "method.") | numbers(MiramConfig, "method.")
         elif {int, float} & {hint, *typing.get_args(hint)}:
             found[where + name] = str(hint)
     return found
@@ -97,6 +128,8 @@ def test_every_number_has_a_range():
 
 
 KINDS = dict.fromkeys(("backbone.tiles", "backbone.halo"), ["backbone=convnext_atto"])
+OF_MIRAM = [f"method.{f.name}" for f in dataclasses.fields(MiramConfig) if f.name not in ("name", "cell")]
+KINDS |= dict.fromkeys(OF_MIRAM, ["method=miram"])
 
 
 @pytest.mark.parametrize("key", RANGES)
@@ -118,7 +151,7 @@ def test_a_number_outside_its_range_is_refused(key):
 def test_a_number_that_is_not_finite_is_refused(key, value):
     text = f"[{value}]" if "tuple" in numbers()[key] else value
     with pytest.raises(ConfigError, match=rf"^{key}(\[0\])?=.*: must be a finite number"):
-        compose([f"{key}={text}"])
+        compose([*KINDS.get(key, []), f"{key}={text}"])
 
 
 @pytest.mark.parametrize("value", ["-1e400", "1" + "0" * 400], ids=["negative", "whole"])

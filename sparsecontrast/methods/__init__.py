@@ -5,12 +5,14 @@ import dataclasses
 import torch
 
 from sparsecontrast.methods.method import refuse_coupled
+from sparsecontrast.methods.miram import Miram
 from sparsecontrast.methods.patch_contrast import PatchContrast
 from sparsecontrast.methods.sparse_contrast import SparseContrast
 from sparsecontrast.models.sparse_cnn import SparseCNN, build_sparse_cnn
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
-from sparsecontrast.settings import BackboneConfig, Config
+from sparsecontrast.settings import BackboneConfig, Config, MiramConfig
 
+Built = SparseContrast | PatchContrast | Miram
 METHODS: dict[str, type[SparseContrast] | type[PatchContrast]] = {
     "sparse_contrast": SparseContrast,
     "dense_contrast": SparseContrast,
@@ -18,7 +20,7 @@ METHODS: dict[str, type[SparseContrast] | type[PatchContrast]] = {
 }
 
 
-def build_method(config: Config, pretrained: bool = True) -> SparseContrast | PatchContrast:
+def build_method(config: Config, pretrained: bool = True) -> Built:
     """Build the method of ``config``; the same seed gives the same weights, bit for bit.
 
     torch's global generator is left as it was (timm initialises from it).
@@ -30,12 +32,17 @@ def build_method(config: Config, pretrained: bool = True) -> SparseContrast | Pa
 
     Raises:
         ModelError: the backbone cannot be built or its pretrained weights do not fit.
-        MethodError: ``privacy`` is configured, and the method couples the images of a batch.
+        MethodError: the method does not go with the backbone, or ``privacy`` is configured and it couples the
+            images of a batch.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         told = config.backbone if pretrained else dataclasses.replace(config.backbone, pretrained=False)
-        method = METHODS[config.method.name](config.method, _build_backbone(told, config.method.cell))
+        backbone = _build_backbone(told, config.method.cell)
+        if isinstance(config.method, MiramConfig):
+            method = Miram(config.method, backbone)
+        else:
+            method = METHODS[config.method.name](config.method, backbone)
     if config.privacy.name != "none":
         refuse_coupled(method)
     return method

@@ -4,6 +4,8 @@ The scorer ranks the cells of an image; the highest are computed fine. The embed
 the image, with ``method.focus`` beside a mean over the kept cells, weighted by softmax(scores).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ class Looking(nn.Module):
         backbone: student; its cells are the scorer's.
     """
 
-    shifts_views = False
+    views: Literal["two", "shifted"] = "two"
 
     def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
         super().__init__()

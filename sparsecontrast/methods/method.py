@@ -1,7 +1,7 @@
 """What the trainer, the payload and the evaluation may know of a pretraining method."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class Batch:
 
     Attributes:
         first: [B, 1, H, W], normalised.
-        second: [B, 1, H, W].
+        second: [B, 1, H, W]; the first again where the method asks for one view.
         patients: integer codes [B].
         generator: randomness of this step.
         step: 0-based step at this site in this round.
@@ -60,12 +60,13 @@ class Method(Protocol):
     """A pretraining method, an ``nn.Module``.
 
     ``per_sample`` is true only when row i's loss depends on row i alone; private training refuses
-    a method whose ``per_sample`` is false. Where ``shifts_views`` is true, its views lie whole cells of
-    ``cell_size`` pixels apart and ``Batch.shift`` says how (``transforms.shifted_views``).
+    a method whose ``per_sample`` is false. ``views`` says what a step shows it: ``two`` of each image, two
+    that are ``shifted`` by whole cells of ``cell_size`` pixels, ``Batch.shift`` says how
+    (``transforms.shifted_views``), or ``one`` in true grey values (``transforms.mae_view``).
     """
 
     per_sample: bool
-    shifts_views: bool
+    views: Literal["two", "shifted", "one"]
 
     @property
     def cell_size(self) -> int:
@@ -105,10 +106,6 @@ class Method(Protocol):
         """Embed images [B, 1, H, W] -> [B, D], deterministic, without gradient."""
         ...
 
-    def look(self, images: Tensor) -> Look:
-        """Show where the method looks, deterministic, without gradient."""
-        ...
-
 
 def refuse_coupled(method: Method) -> None:
     """Refuse a method whose loss of a row depends on other rows.
@@ -120,5 +117,5 @@ def refuse_coupled(method: Method) -> None:
         raise MethodError(
             f"{type(method).__name__} compares the images of a batch with each other: one patient then "
             "changes every row's gradient, no clipping of single patients bounds that, and the epsilon would "
-            "be false; use method=patch_contrast"
+            "be false; use method=patch_contrast or method=miram"
         )

@@ -50,7 +50,7 @@ class PatchContrast(Looking):
     """
 
     per_sample = True
-    shifts_views = True
+    views = "shifted"
 
     def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
         _refuse_coupling(config, backbone)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from sparsecontrast.models.linformer import TokenMix
+from sparsecontrast.models.masked_decoder import MaskedDecoder
 from sparsecontrast.models.small_maps import SmallMapConv2d
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import PatchProjection, SparseViT
@@ -72,6 +73,7 @@ ROW_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     SparseViT: ("coarse",),
     SparseCNN: ("position",),
     SurprisePredictor: ("place",),
+    MaskedDecoder: ("mask_token",),
 }
 
 INNER: dict[type[nn.Module], str] = {ConvNeXtBlock: "mlp"}

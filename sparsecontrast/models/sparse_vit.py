@@ -116,6 +116,20 @@ class SparseViT(nn.Module):
             found = body[:, : cells.shape[1] * self.cell**2]
         return self.vit.fc_norm(found)
 
+    def visible(self, images: Tensor, patches: Tensor) -> Tensor:
+        """Compute some patches [B, K] as if the image had no others: [B, prefix + K, D].
+
+        Nothing stands for the rest: its pixels are not read (a masked autoencoder's encoder).
+        """
+        vit = self.vit
+        prefix, table = self._position_table()
+        pixels = tokens.kept_patches(images, vit.patch_embed.patch_size[0], 1, patches)
+        body = vit.patch_embed.norm(self.project(pixels)) + tokens.look_up(table, patches)
+        x = self._begun(prefix, body)
+        for block in vit.blocks.children():
+            x = block(x)
+        return vit.fc_norm(vit.norm(x))
+
     def embed(self, images: Tensor, kept: Tensor) -> Tensor:
         """Return the input tokens [B, prefix + K, D]: fine, then coarse, level by level."""
         vit, cell = self.vit, self.cell
@@ -132,8 +146,12 @@ class SparseViT(nn.Module):
             places.append(table + self.coarse[:, level, None])
         found = tokens.look_up(torch.cat(places, dim=1), torch.cat(index, dim=1))
         body = vit.patch_embed.norm(self.project(torch.cat(pixels, dim=1))) + found
+        return self._begun(prefix, body)
+
+    def _begun(self, prefix: Tensor, body: Tensor) -> Tensor:
+        """Put the prefix tokens before the others, as the first block gets them."""
         heads = prefix.expand(body.shape[0], -1, -1).to(body.dtype)
-        return vit.norm_pre(vit.pos_drop(torch.cat([heads, body], dim=1)))
+        return self.vit.norm_pre(self.vit.pos_drop(torch.cat([heads, body], dim=1)))
 
     def attention(self, images: Tensor) -> Tensor:
         """Average the pooling query's attention over layers and heads, per cell: [B, cells], rows sum to 1.
