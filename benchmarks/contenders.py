@@ -27,6 +27,7 @@ from sparsecontrast.config import CONFIG_DIR
 from sparsecontrast.levels import STRIDE
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
+from sparsecontrast.methods.sparse_contrast import SparseContrast
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
 from sparsecontrast.precision import Precision, prepare
 from sparsecontrast.settings import BackboneConfig, Config, MethodConfig
@@ -215,7 +216,7 @@ def _ours(
     # build_method reads these of a run's configuration and nothing else
     privacy = SimpleNamespace(name="none")
     run = cast(Config, SimpleNamespace(seed=seed, backbone=backbone, method=method, privacy=privacy))
-    module = build_method(run).to(device)
+    module = cast(SparseContrast, build_method(run)).to(device)
     module.keep = contender.keep
     return Workload(
         module, "backbone", lambda m, images: m.encode(images, contender.keep), module.after_step,

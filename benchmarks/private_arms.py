@@ -25,6 +25,7 @@ from sparsecontrast.coupling import noise_batch
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.looking import build_projector
 from sparsecontrast.methods.method import Batch
+from sparsecontrast.methods.patch_contrast import PatchContrast
 from sparsecontrast.models.sparse_vit import build_sparse_vit
 from sparsecontrast.noise import SecureStream
 from sparsecontrast.privacy import Mechanism, PatientSGD
@@ -179,7 +180,7 @@ class _Sized:
 def _ours(arm: Arm, model: Model) -> nn.Module:
     backbone, method = model.configs(OURS)
     told = {"seed": 0, "backbone": backbone, "method": method, "privacy": SimpleNamespace(name="dp_sgd")}
-    module = build_method(cast(Config, SimpleNamespace(**told)))
+    module = cast(PatchContrast, build_method(cast(Config, SimpleNamespace(**told))))
     module.keep = arm.keep
     return module
 

@@ -14,7 +14,7 @@ from typing import Any
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import check_ranges
 from sparsecontrast.relations import check_relations
-from sparsecontrast.settings import Config
+from sparsecontrast.settings import Config, MethodConfig, MiramConfig
 from sparsecontrast.structure import build
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -41,6 +41,7 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     name = tree["method"].get("name")
     if name in OWN_COMMANDS:  # they have other keys, which would only be called unknown
         raise ConfigError(f"method={name}: {OWN_COMMANDS[name]}")
+    tree["method"] = _own_keys(tree["method"], words)
     config = build(Config, {**tree, "overrides": tuple(words)}, "")
     check(config)
     return config
@@ -166,6 +167,20 @@ def hydra_tree(words: list[str], root: str = "config", resolve: bool = True) -> 
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # a number longer than Python reads
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"overrides {words}: {reason}. {_choices()}") from error
+
+
+def _own_keys(method: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Leave out what an experiment sets of the contrasts where the method is another kind.
+
+    An experiment sizes the method that it was written for, such as its projection head, and works with all.
+    What the user's own words set stays, and is refused as unknown.
+    """
+    if method.get("name") != "miram":
+        return method
+    foreign = {f.name for f in dataclasses.fields(MethodConfig)}
+    foreign -= {f.name for f in dataclasses.fields(MiramConfig)}
+    asked = {word.lstrip("+~").partition("=")[0].removeprefix("method.") for word in words}
+    return {key: value for key, value in method.items() if key not in foreign - asked}
 
 
 def _choices() -> str:

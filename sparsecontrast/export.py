@@ -204,9 +204,9 @@ def _keep(config: Config, method: Any, keep: str | float, kept: Tensor | None) -
     fine = cells if kept is None else kept.shape[1]
     rows, columns = method.backbone.grid
     patches = {} if config.backbone.tiles else {"cell_in_patches": config.method.cell}
-    chooses = isinstance(config.method, MethodConfig)
+    selection = config.method.selection if isinstance(config.method, MethodConfig) else None
     return {
-        "asked": keep, "selection": config.method.selection if chooses else None, "grid": [rows, columns],
+        "asked": keep, "selection": selection, "grid": [rows, columns],
         "cell_in_pixels": config.backbone.img_size // rows, **patches, "cells": cells, "fine_cells": fine,
     }  # fmt: skip
 

@@ -51,7 +51,7 @@ def overlays(method: Any, dataset: "Dataset", count: int, seed: int) -> list[Ove
         count: how many.
         seed: of the choice, which depends on no pseudonym.
     """
-    chosen = _choose(dataset, count, seed)
+    chosen = choose_rows(dataset, count, seed)
     if not chosen:
         return []
     scores, kept, grid = look(method, dataset.images[chosen])
@@ -62,7 +62,7 @@ def overlays(method: Any, dataset: "Dataset", count: int, seed: int) -> list[Ove
         panels = _panels(dataset.images[row], scores[i].reshape(grid), mask, boxes, method.backbone.cell)
         share = box_recall(mask, boxes, dataset.images.shape[1])
         drawn.append(
-            Overlay(panels, str(dataset.frame["site"].iloc[row]), _findings(dataset, row),
+            Overlay(panels, str(dataset.frame["site"].iloc[row]), findings_of(dataset, row),
                     float(share.mean()) if len(share) else None)
         )  # fmt: skip
     return drawn
@@ -179,7 +179,7 @@ def _held_out(dataset: "Dataset") -> list[int]:
     return np.flatnonzero(splits == wanted).tolist()
 
 
-def _choose(dataset: "Dataset", count: int, seed: int) -> list[int]:
+def choose_rows(dataset: "Dataset", count: int, seed: int) -> list[int]:
     """Held-out rows: annotated before others, hospitals in turn, in the order of a seeded hash."""
     sites = dataset.frame["site"].astype(str).tolist()
     rank = {r: hashlib.sha256(f"{seed}:{r}".encode()).digest() for r in _held_out(dataset)}
@@ -192,7 +192,8 @@ def _choose(dataset: "Dataset", count: int, seed: int) -> list[int]:
     return sorted(keys, key=lambda r: keys[r])[:count]
 
 
-def _findings(dataset: "Dataset", row: int) -> str:
+def findings_of(dataset: "Dataset", row: int) -> str:
+    """Name an image's labels and boxes in words."""
     labels = [n for n in dataset.labels if dataset.frame[f"label_{n}"].iloc[row] == 1]
     text = ", ".join(labels) or "no finding labelled"
     boxes = sorted(set(dataset.box_labels[row]))
@@ -209,18 +210,20 @@ def _overlap(start: np.ndarray, length: np.ndarray, size: int, cells: int) -> np
 def _panels(
     image: np.ndarray, scores: np.ndarray, mask: np.ndarray, boxes: np.ndarray, cell: int
 ) -> tuple[str, ...]:
+    grey = np.repeat(enlarged(image.astype(np.float32) / 255)[..., None], 3, axis=2)
+    panels = [grey, _heat(grey, scores), _kept(image, grey, mask, cell), _boxed(grey, boxes, image.shape[0])]
+    return tuple(data_uri(p) for p in panels)
+
+
+def enlarged(pixels: np.ndarray) -> np.ndarray:
+    """Bring pixels [H, W] in [0, 1] to the size of a panel."""
     from PIL import Image
 
-    grey = (
-        np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float32)
-        / 255
-    )
-    grey = np.repeat(grey[..., None], 3, axis=2)
-    panels = [grey, _heat(grey, scores), _kept(image, grey, mask, cell), _boxed(grey, boxes, image.shape[0])]
-    return tuple(_data_uri(p) for p in panels)
+    return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
-def _data_uri(panel: np.ndarray) -> str:
+def data_uri(panel: np.ndarray) -> str:
+    """Write pixels [H, W] or [H, W, 3] in [0, 1], cut there, as a picture within a page."""
     from PIL import Image
 
     buffer = io.BytesIO()

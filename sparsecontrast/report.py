@@ -6,7 +6,7 @@ image and no path of the machine is written; the overlays do show images.
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from sparsecontrast.features import load_method
 from sparsecontrast.overrides import key_of
 from sparsecontrast.promised import promised
 from sparsecontrast.runs import PARTITION, Run, read_evaluation, read_run
+from sparsecontrast.settings import MethodConfig, MiramConfig
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -56,7 +57,8 @@ def write_report(run_dir: str | Path, overrides: Sequence[str] = (), show: bool 
         sites=record.hospital_table(run, dataset),
         partition=record.partition(run, dataset),
         quarantine=record.quarantine(run),
-        looks=_looks(run, dataset, absent, show),
+        looks=_looks(run, dataset, absent),
+        filled=_filled(run, dataset, absent),
         transfer=record.transfer(run),
         privacy=promised(run),
         config=_settings(run),
@@ -174,21 +176,58 @@ def _auto_chart(evaluation: Mapping[str, Any]) -> "Markup | str":
     return line_chart(lines, "share computed against risk", "% of the tokens", "% of images off", zero=True)
 
 
-def _looks(run: Run, dataset: "Dataset | None", absent: str, show: bool) -> dict[str, Any]:
+def _looks(run: Run, dataset: "Dataset | None", absent: str) -> dict[str, Any] | None:
+    """Where a method looks; None where it chooses nothing to look at."""
     from sparsecontrast.overlays import overlays
 
-    nothing = {"pictures": [], "why": absent, "keep": run.config.method.keep, "annotated": False}
+    config = run.config
+    if not isinstance(config.method, MethodConfig):
+        return None
+
+    def draw(data: "Dataset", method: Any, number: int) -> tuple[list[Any], str]:
+        return overlays(method, data, config.evaluation.overlays, config.seed), ""
+
+    pictures, why = _pictures(run, dataset, absent, draw)
+    annotated = any(p.kept_of_boxes is not None for p in pictures)
+    return {"pictures": pictures, "why": why, "keep": config.method.keep, "annotated": annotated}
+
+
+def _filled(run: Run, dataset: "Dataset | None", absent: str) -> dict[str, Any] | None:
+    """What a method that reconstructs fills in; None where it is another."""
+    from sparsecontrast.reconstructions import HEADS, NO_DECODERS, local_decoders, reconstructions
+
+    config = run.config
+    if not isinstance(config.method, MiramConfig):
+        return None
+
+    def draw(data: "Dataset", method: Any, number: int) -> tuple[list[Any], str]:
+        if not (decoders := local_decoders(run, number)):
+            return [], NO_DECODERS
+        return reconstructions(method, decoders, data, config.evaluation.overlays, config.seed), ""
+
+    pictures, why = _pictures(run, dataset, absent, draw)
+    heads = HEADS if config.method.high_weight > 0 else HEADS[:3]
+    shown = round(100 * (1 - config.method.mask_ratio))
+    return {
+        "pictures": pictures, "why": why, "heads": heads, "shown": shown,
+        "normalise": config.method.normalise,
+    }  # fmt: skip
+
+
+def _pictures(
+    run: Run, dataset: "Dataset | None", absent: str,
+    draw: Callable[["Dataset", Any, int], tuple[list[Any], str]],
+) -> tuple[list[Any], str]:  # fmt: skip
+    """Draw with the newest round's weights; the pictures, or why there are none."""
     if dataset is None or run.config.evaluation.overlays == 0:
-        return nothing | {"why": absent or "Left out by evaluation.overlays=0."}
+        return [], absent or "Left out by evaluation.overlays=0."
     try:
         number = latest(run.folder)
         if not number:
-            return nothing | {"why": "No round was trained."}
-        method = load_method(run.config, read_round(run.folder, number).tensors)
-        pictures = overlays(method, dataset, run.config.evaluation.overlays, run.config.seed)
+            return [], "No round was trained."
+        return draw(dataset, load_method(run.config, read_round(run.folder, number).tensors), number)
     except SparseContrastError as error:
-        return nothing | {"why": f"The weights cannot be shown ({error.code})."}
-    return nothing | {"pictures": pictures, "annotated": any(p.kept_of_boxes is not None for p in pictures)}
+        return [], f"The weights cannot be shown ({error.code})."
 
 
 def _settings(run: Run) -> list[tuple[str, str]]:
@@ -199,7 +238,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     epochs = "1 local epoch" if t.local_epochs == 1 else f"{t.local_epochs} local epochs"
     epochs = epochs if t.steps is None else f"{t.steps} steps a round"
     return [
-        ("method", f"{m.name}, keep {m.keep:g}, selection {m.selection}"),
+        ("method", _method_words(m)),
         ("backbone", f"{b.name}, {b.img_size} px, {parts}{depth}{start}"),
         ("data", f"{d.name}, {d.image_size} px"),
         ("federation", f"{f.strategy}, {f.rounds} rounds, fraction {f.fraction:g}, partition {f.partition}"),
@@ -210,6 +249,13 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ),
         ("seed", str(run.config.seed)),
     ]
+
+
+def _method_words(method: MethodConfig | MiramConfig) -> str:
+    if isinstance(method, MethodConfig):
+        return f"{method.name}, keep {method.keep:g}, selection {method.selection}"
+    high = f", x{method.upsample} by {method.attention}, weight {method.high_weight:g}"
+    return f"{method.name}, mask ratio {method.mask_ratio:g}{high if method.high_weight else ''}"
 
 
 def _command(run: Run) -> str:

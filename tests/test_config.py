@@ -109,6 +109,13 @@ def test_methods_have_keys_of_their_own():
     assert isinstance(compose().method, MethodConfig)
 
 
+def test_an_experiment_written_for_a_contrast_runs_miram_too():
+    assert compose("experiment=laptop").method.projection_hidden == 256
+    assert compose("experiment=laptop method=miram").backbone.depth == 2
+    with pytest.raises(ConfigError, match=r"unknown \['projection_hidden'\]"):
+        compose("experiment=laptop method=miram method.projection_hidden=64")
+
+
 def numbers(cls: type = Config, where: str = "") -> dict[str, str]:
     """Every key of the configuration that takes a number, in a list or not, and its type."""
     found = {}

@@ -4,12 +4,10 @@ The scorer ranks the cells of an image; the highest are computed fine. The embed
 the image, with ``method.focus`` beside a mean over the kept cells, weighted by softmax(scores).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from sparsecontrast.methods.method import SHARED, Choice, Look
+from sparsecontrast.methods.method import SHARED, Choice, Look, Views
 from sparsecontrast.methods.schedule import keep_ratio
 from sparsecontrast.models import tokens
 from sparsecontrast.models.saliency import (
@@ -33,7 +31,7 @@ class Looking(nn.Module):
         backbone: student; its cells are the scorer's.
     """
 
-    views: Literal["two", "shifted"] = "two"
+    views: Views = "two"
 
     def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
         super().__init__()

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from sparsecontrast.errors import MethodError
 
+Views = Literal["two", "shifted", "one"]
+"""What a step shows a method of each image; see ``Method``."""
+
 SHARED = ("backbone.", "saliency.")  # the only prefixes whose tensors may leave a site
 
 
@@ -66,7 +69,7 @@ class Method(Protocol):
     """
 
     per_sample: bool
-    views: Literal["two", "shifted", "one"]
+    views: Views
 
     @property
     def cell_size(self) -> int:

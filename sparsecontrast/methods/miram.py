@@ -21,7 +21,7 @@ each image is taken, and only its pixels move (``transforms.mae_view``): an imag
 alone leaves a site; decoders and mask tokens stay, as projection heads do.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsecontrast import losses
 from sparsecontrast.errors import MethodError
-from sparsecontrast.methods.method import Batch, Choice
+from sparsecontrast.methods.method import Batch, Choice, Views
 from sparsecontrast.models import tokens
 from sparsecontrast.models.masked_decoder import MaskedDecoder
 from sparsecontrast.models.sparse_cnn import SparseCNN
@@ -64,7 +64,7 @@ class Miram(nn.Module):
     """
 
     per_sample = True
-    views: Literal["one"] = "one"
+    views: Views = "one"
 
     def __init__(self, config: MiramConfig, backbone: SparseViT | SparseCNN):
         super().__init__()

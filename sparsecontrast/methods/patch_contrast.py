@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparsecontrast import losses
 from sparsecontrast.errors import MethodError
 from sparsecontrast.methods.looking import Looking, build_projector
-from sparsecontrast.methods.method import Batch
+from sparsecontrast.methods.method import Batch, Views
 from sparsecontrast.models import tokens
 from sparsecontrast.models.sparse_cnn import SparseCNN
 from sparsecontrast.models.sparse_vit import SparseViT
@@ -50,7 +50,7 @@ class PatchContrast(Looking):
     """
 
     per_sample = True
-    views = "shifted"
+    views: Views = "shifted"
 
     def __init__(self, config: MethodConfig, backbone: SparseViT | SparseCNN):
         _refuse_coupling(config, backbone)

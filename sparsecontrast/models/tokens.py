@@ -29,6 +29,24 @@ def cell_patches(images: Tensor, patch: int, cell: int) -> Tensor:
     return _cell_view(images, patch, cell).reshape(b, -1, cell * cell, c * patch * patch)
 
 
+def join_cells(patches: Tensor, grid: tuple[int, int], patch: int, cell: int) -> Tensor:
+    """Put one-channel patches grouped by cell together: the inverse of ``cell_patches``.
+
+    Args:
+        patches: [B, cells, cell^2, patch^2].
+        grid: cells (rows, columns).
+        patch: side of a patch in pixels.
+        cell: patches of a cell's side.
+
+    Returns:
+        Images [B, 1, H, W].
+    """
+    rows, columns = grid
+    x = patches.reshape(-1, rows, columns, cell, cell, patch, patch).permute(0, 1, 3, 5, 2, 4, 6)
+    side = patch * cell
+    return x.reshape(-1, 1, rows * side, columns * side)
+
+
 def kept_patches(images: Tensor, patch: int, cell: int, kept: Tensor) -> Tensor:
     """Copy the fine patches of cells ``kept`` [B, m], and no other pixel: [B, m * cell^2, C * patch^2]."""
     b, c, _, width = images.shape
