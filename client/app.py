@@ -77,7 +77,7 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     )
     kept = KeptRounds(site.state_dir / "state" / run_key, site.state_dir)
     restored = kept.restore(trainer, number)
-    result = trainer.run(own.images, own.patient_codes, number, rounds, proximal_mu=mu)
+    result = trainer.run(own.images, own.patient_codes, number, rounds, mu, kept.part(restored))
     state, allowed, wire = method.state_dict(), method.shared_parameters(), site.config.federation
     packed, residual = pack_upload(
         {name: state[name] for name in allowed}, allowed, wire.upload, wire.payload_dtype, reference,

@@ -12,6 +12,7 @@ import numpy as np
 from client.log import note
 from sparsecontrast.checkpoint import read_tensors, write_tensors
 from sparsecontrast.errors import CheckpointError
+from sparsecontrast.part_round import PartRound
 
 STATES_KEPT = 2  # a round that is run again needs the state before it
 
@@ -48,6 +49,11 @@ class KeptRounds:
             note(self.state_dir, f"{error}; the next update starts from nothing left over")
             return None
 
+    def part(self, restored: int) -> PartRound:
+        """The file of the round at work, which started from the state of round ``restored``."""
+        path = self.folder / "part.safetensors"
+        return PartRound(path, f"from {restored}", say=lambda text: note(self.state_dir, text))
+
     def save(self, trainer: Any, number: int, residual: np.ndarray | None) -> None:
         """Write a round's files, the state last, and forget all but the newest two."""
         import torch
@@ -55,6 +61,7 @@ class KeptRounds:
         if residual is not None:
             write_tensors(self._file("residual", number), {"residual": torch.from_numpy(residual)})
         trainer.local.save(self._file("round", number))
+        self.part(number).remove()
         for old in sorted(n for n in self._kept() if n <= number)[:-STATES_KEPT]:
             for kind in ("residual", "round"):
                 self._file(kind, old).unlink(missing_ok=True)

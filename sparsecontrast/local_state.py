@@ -3,10 +3,11 @@
 Shared tensors are not in it: they come from the server with each round.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, write_tensors
 from sparsecontrast.methods.method import Method
@@ -38,8 +39,11 @@ class LocalState:
         Raises:
             CheckpointError: the file is missing, torn, or of another model.
         """
+        self.restore(read_tensors(path))
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Set what ``tensors`` returned; other names are passed over."""
         module: nn.Module = self.method  # type: ignore[assignment]
-        saved = read_tensors(path)
         local = {n.removeprefix("local."): t for n, t in saved.items() if n.startswith("local.")}
         module.load_state_dict(local, strict=False)
         for name, parameter in trained(module):
@@ -53,13 +57,17 @@ class LocalState:
 
     def save(self, path: Path) -> None:
         """Write local tensors and optimizer moments to ``path``, atomically."""
+        write_tensors(path, self.tensors())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return local tensors and optimizer moments by name, on the CPU."""
         module: nn.Module = self.method  # type: ignore[assignment]
         shared = set(self.method.shared_parameters())
         tensors = {f"local.{n}": t for n, t in module.state_dict().items() if n not in shared}
         for name, parameter in trained(module):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = value
-        write_tensors(path, {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        return {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
 
 
 def trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -24,6 +24,7 @@ from sparsecontrast.ledger import Receipt
 from sparsecontrast.local_state import LocalState
 from sparsecontrast.methods.method import Batch, Method, refuse_coupled
 from sparsecontrast.noise import SecureStream
+from sparsecontrast.part_round import PartRound
 from sparsecontrast.privacy import PatientSGD
 from sparsecontrast.sampling import PatientSampler, chunks
 from sparsecontrast.settings import Config
@@ -53,7 +54,7 @@ class PrivateTrainer:
 
     def run(
         self, images: np.ndarray, patients: np.ndarray, round_number: int, rounds: int,
-        proximal_mu: float = 0.0,
+        proximal_mu: float = 0.0, part: PartRound | None = None,
     ) -> TrainResult:  # fmt: skip
         """Take ``privacy.steps_per_round`` noisy steps.
 
@@ -64,6 +65,7 @@ class PrivateTrainer:
             rounds: of the whole run; the schedules need it.
             proximal_mu: FedProx's weight of the distance to the global weights; its gradient is a function
                 of released weights and needs no noise.
+            part: never written: what was drawn must not lie on a disk, and steps taken again cost again.
 
         Raises:
             BudgetSpentError: the round would exceed a patient's epsilon; nothing was drawn.

@@ -18,6 +18,7 @@ from sparsecontrast.batches import Views, epoch_batches
 from sparsecontrast.errors import MethodError, PrivacyError, TooFewImagesError
 from sparsecontrast.local_state import LocalState, trained
 from sparsecontrast.methods.method import Batch, Method
+from sparsecontrast.part_round import PartRound, Told, identity_of
 from sparsecontrast.settings import Config, TrainConfig
 
 MIN_BATCH = 2  # contrast needs a negative
@@ -79,6 +80,7 @@ class LocalTrainer:
         round_number: int,
         rounds: int,
         proximal_mu: float = 0.0,
+        part: PartRound | None = None,
     ) -> TrainResult:
         """Train ``local_epochs`` passes over the site's images, or ``steps`` batches.
 
@@ -88,6 +90,7 @@ class LocalTrainer:
             round_number: 1-based server round.
             rounds: of the whole run; the schedules need it.
             proximal_mu: FedProx's weight of the distance to the global weights (Li et al. 2020, eq. 2).
+            part: file of the round until it is over; a killed round goes on from it, with the same bits.
 
         Raises:
             TooFewImagesError: fewer than two patients' images.
@@ -105,16 +108,29 @@ class LocalTrainer:
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, self.site, round_number))
         batches = epoch_batches(patients, self.config, generator)
         anchor = shared_anchor(self.method) if proximal_mu > 0 else []
-        sums: dict[str, list[float]] = {}
-        seen = 0
-        for step, (rows, partners) in enumerate(batches):
+        told: Told = {}
+        if part is not None:
+            identity = self._identity(batches, round_number, rounds, proximal_mu)
+            told = part.restore(identity, self.local, generator)
+        done = len(told.get("loss", ()))
+        for step, (rows, partners) in enumerate(batches[done:], done):
             set_lr(self.optimizer, self.config.train, round_number - 1 + step / len(batches), rounds)
             loss = self._step(images, patients, rows, partners, generator, step, anchor, proximal_mu)
-            seen += len(rows)
             for key, value in {"loss": loss, **self.method.metrics()}.items():
-                sums.setdefault(key, []).append(value)
-        means = {key: float(np.mean(values)) for key, values in sums.items()}
+                told.setdefault(key, []).append(value)
+            if part is not None:
+                part.keep(told, self.local, generator)
+        means = {key: float(np.mean(values)) for key, values in told.items()}
+        seen = sum(len(rows) for rows, _ in batches)
         return TrainResult(len(images), len(batches), seen, time.perf_counter() - started, means)
+
+    def _identity(
+        self, batches: list[tuple[np.ndarray, np.ndarray]], round_number: int, rounds: int, mu: float
+    ) -> str:
+        c, state = self.config, self.module.state_dict()
+        words = (c.seed, c.train, c.method, c.backbone, self.site, round_number, rounds, mu)
+        weights = {name: state[name] for name in self.method.shared_parameters()}
+        return identity_of(words, batches, weights)
 
     def _step(
         self, images: np.ndarray, patients: np.ndarray, rows: np.ndarray, partners: np.ndarray,
