@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cases(protocol: Protocol, dim: int, heads: int) -> Iterator[Case]:
-    """Give what to measure, few tokens first; several images for blocks alone, as long as softmax is quick."""
+    """Give what to measure, few tokens first; several images for blocks alone, where softmax is quick."""
     for part in protocol.parts:
         for precision in protocol.precisions:
             for batch in protocol.batches:
