@@ -226,6 +226,53 @@ def small_maps() -> str:
     return markdown(head, body)
 
 
+DECODERS = {
+    "eager": "eager", "linformer": "Linformer", "performer": "Performer", "performer_256": "of 256",
+    "nystromformer": "Nystromformer",
+}  # fmt: skip
+
+
+def decoders() -> str:
+    """Times faster than fused softmax attention, and how many times leaner, by tokens."""
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows("decoders-*.json"):
+        if "x_fused" in row:
+            key = (row["part"], row["precision"], row["batch"], row["tokens"])
+            found.setdefault(key, {})[row["name"]] = row
+    head = ["", "precision", "images", "tokens", "fused ms", "peak MiB", *DECODERS.values()]
+    body = []
+    for key, mine in found.items():
+        told = [
+            f"{mine[name]['x_fused']:.2f} / {mine[name]['leaner_fused']:.2f}" if name in mine else "–"
+            for name in DECODERS
+        ]
+        fused = mine["fused"]
+        body.append(
+            [*(str(part) for part in key), f"{fused['cost_ms']:.0f}", f"{fused['peak_mib']:.1f}", *told]
+        )
+    return markdown(head, body)
+
+
+def decoders_break_even() -> str:
+    """From how many tokens on a linear attention is faster than fused softmax attention."""
+    found: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in rows("decoders-*.json"):
+        if row.get("break_even_of") == "time":
+            after, before, tokens = row["after"], row["before"], row["tokens"]
+            told = (
+                f"{tokens} ({after} to {before})"
+                if tokens
+                else f"by {before}"
+                if before
+                else f"after {after}"
+            )
+            found.setdefault((row["part"], row["precision"], row["batch"]), {})[row["name"]] = told
+    names = [name for name in DECODERS if name != "eager"]
+    head = ["", "precision", "images", *(DECODERS[name] for name in names)]
+    body = [[*(str(part) for part in key), *(mine[name] for name in names)] for key, mine in found.items()]
+    return markdown(head, body)
+
+
 def privacy() -> str:
     """What a private step costs, beside one without privacy and plain Opacus."""
     names = {"timm": "timm", "patch_contrast": "**ours**", "opacus_hooks": "Opacus, hooks"}
@@ -262,6 +309,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sparsity": sparsity,
     "speed": lambda: speed((0.5, 0.25)),
     "small-maps": small_maps,
+    "decoders": decoders,
+    "decoders-break-even": decoders_break_even,
     "privacy": privacy,
     "localisation": lambda: localisation(GROUPS),
     "localisation-bar": lambda: localisation(BAR),

@@ -27,7 +27,7 @@ def test_quick_measures_every_attention_and_writes_it_down(tmp_path, capsys):
         if r["name"] == "eager" and r["tokens"] == 256:
             assert r["saved_leaner_fused"] < 0.7  # it keeps the matrix
     crossings = [r for r in found["rows"] if "break_even_of" in r]
-    assert len(crossings) == 3 * 2
+    assert len(crossings) == 4 * 2
     assert "Break-even" in capsys.readouterr().out
 
 
