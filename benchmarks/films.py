@@ -9,6 +9,7 @@ from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.data.dataset import Dataset
 
 NAMES = ("phantoms", "multisite")
+PARTS = ("guangzhou", "mias")  # one origin of the real films; mammograms
 FOCAL = {"nodule", "mass", "consolidation"}  # findings of a phantom that a box bounds well
 SMALL = 2  # patches; a lesion whose box covers fewer is small
 
@@ -17,7 +18,7 @@ def load_films(name: str, size: int, patch: int, patients: int, root: str | Path
     """Load one data set; the phantoms are the same for every seed of a benchmark.
 
     Args:
-        name: one of ``NAMES``.
+        name: one of ``NAMES`` or of ``PARTS``.
         size: side of the images in pixels.
         patch: side of a patch, which must divide it.
         patients: phantom patients of each of ten sites, one film each; four of ten are held out.
@@ -29,9 +30,11 @@ def load_films(name: str, size: int, patch: int, patients: int, root: str | Path
         told += [f"data.phantom.patients_per_site={patients}", "data.phantom.images_per_patient=1",
                  "data.val_fraction=0.1", "data.test_fraction=0.4"]  # fmt: skip
     else:
-        told += ["experiment=multisite_cxr", f"data.root={Path(root).resolve()}"]
+        experiment = "mammograms" if name == "mias" else "multisite_cxr"
+        told += [f"experiment={experiment}", f"data.root={Path(root).resolve()}"]
     folder = Path(out).resolve()
-    return load_dataset(compose(told), folder / "cache", folder / "state", progress=False)
+    found = load_dataset(compose(told), folder / "cache", folder / "state", progress=False)
+    return found.site("guangzhou_wcmc") if name == "guangzhou" else found
 
 
 def labels_by_size(dataset: Dataset, patch: int) -> dict[str, np.ndarray]:

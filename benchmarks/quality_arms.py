@@ -106,7 +106,7 @@ class Trained:
     told: str = ""
 
 
-def told(arm: Arm, protocol: Protocol) -> str:
+def told(arm: Any, protocol: Protocol) -> str:
     """Say in words what decides a result besides data and seed; a file of other words is not reused."""
     return f"{protocol} {arm}"
 
@@ -130,11 +130,22 @@ def train_arm(
         total: steps.
     """
     work = build_arm(arm, protocol, seed)
-    optimizer = build_optimizer(work.module, _train_config(protocol))
-    losses, spent, step = [], 0.0, 0
     generator = torch.Generator().manual_seed(derive_seed(seed, "quality"))
-    while step < total:
-        batch = _batch(images, rows, protocol, generator, step)
+    facts = fit(work, lambda step: _batch(images, rows, protocol, generator, step), protocol, total)
+    facts["chance_loss"] = math.log(min(protocol.batch, len(rows)))
+    features = {mode: encode(arm, work, images, protocol, mode) for mode in arm.modes}
+    return Trained(features, facts, told(arm, protocol))
+
+
+def fit(work: Workload, batch_of: Callable[[int], Batch], protocol: Protocol, total: int) -> dict[str, float]:
+    """Train ``total`` steps; returns how many, the CPU seconds they took (of a GPU: seconds), and the loss.
+
+    The seconds are those of steps alone: batches and views are everybody's.
+    """
+    optimizer = build_optimizer(work.module, _train_config(protocol))
+    losses, spent = [], 0.0
+    for step in range(total):
+        batch = batch_of(step)
         for group in optimizer.param_groups:
             group["lr"] = protocol.lr * lr_factor(step, total, 0.1)
         start = _clock()
@@ -146,13 +157,13 @@ def train_arm(
         spent += _clock() - start
         metrics = getattr(work.module, "metrics", dict)()
         losses.append(metrics.get("loss", float(loss.detach())))  # the contrast alone
-        step += 1
-    facts = {
-        "steps": total, "train_seconds": spent, "loss": float(np.mean(losses[-20:])),
-        "chance_loss": math.log(min(protocol.batch, len(rows))),
-    }  # fmt: skip
-    features = {mode: encode(arm, work, images, protocol, mode) for mode in arm.modes}
-    return Trained(features, facts, told(arm, protocol))
+    return {"steps": total, "train_seconds": spent, "loss": float(np.mean(losses[-20:]))}
+
+
+def untrained(protocol: Protocol, seed: int, images: np.ndarray) -> np.ndarray:
+    """Embed images by the dense network before its first step."""
+    arm = arms(protocol)["dense"]
+    return encode(arm, build_arm(arm, protocol, seed), images, protocol, "own")
 
 
 def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
@@ -172,11 +183,16 @@ def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
 @torch.no_grad()
 def encode(arm: Arm, work: Workload, images: np.ndarray, protocol: Protocol, mode: str) -> np.ndarray:
     """Embed all images, float32 [N, D]."""
-    run = _encoder(arm, work, mode)
+    return embed(_encoder(arm, work, mode), images, protocol.size, work.device)
+
+
+@torch.no_grad()
+def embed(run: Callable[[Tensor], Tensor], images: np.ndarray, size: int, device: torch.device) -> np.ndarray:
+    """Embed uint8 images [N, S, S] by ``run``, a batch at a time: float32 [N, D]."""
     found = []
     for start in range(0, len(images), BATCH):
-        view = evaluation_view(torch.from_numpy(np.array(images[start : start + BATCH])), protocol.size)
-        found.append(run(view.to(work.device)).float().cpu())
+        view = evaluation_view(torch.from_numpy(np.array(images[start : start + BATCH])), size)
+        found.append(run(view.to(device)).float().cpu())
     return torch.cat(found).numpy()
 
 

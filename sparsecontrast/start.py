@@ -2,6 +2,9 @@
 
 Unlike ``backbone.pretrained``, which reads a timm network, this takes all that a run releases: the
 backbone and the scorer. It is read once, where the run starts; sites get the weights from the server.
+
+Where one of the two methods has no scorer (MIRAM), the backbone is all that they have in common: features
+that were learnt by filling in can go on to learn by contrast, with a scorer that starts anew.
 """
 
 from pathlib import Path
@@ -13,6 +16,8 @@ from sparsecontrast.config import anchored
 from sparsecontrast.errors import BackboneMismatchError, CheckpointError, MissingDataError
 from sparsecontrast.methods.method import Method
 from sparsecontrast.settings import Config
+
+SCORER = "saliency."
 
 
 def load_start(method: Method, config: Config) -> None:
@@ -29,6 +34,9 @@ def load_start(method: Method, config: Config) -> None:
     found = _read(path)
     assert isinstance(method, nn.Module), "a method is a module"
     state, names = method.state_dict(), method.shared_parameters()
+    if not all(any(n.startswith(SCORER) for n in side) for side in (found, names)):
+        found = {n: t for n, t in found.items() if not n.startswith(SCORER)}
+        names = [n for n in names if not n.startswith(SCORER)]
     odd = sorted({*found} ^ {*names}) + [n for n in names if n in found and found[n].shape != state[n].shape]
     if odd:
         raise BackboneMismatchError(

@@ -55,6 +55,29 @@ def test_no_init_leaves_a_method_as_it_was_built():
     assert equal(before, method.state_dict())
 
 
+def test_without_a_scorer_on_one_side_the_backbone_is_the_start(earlier, tmp_path):
+    small = ["backbone.img_size=32", "backbone.patch_size=4", "backbone.depth=1"]
+
+    def load(path, *more):
+        config = compose([*small, *more, assign("init", path)])
+        method, fresh = build_method(config), build_method(config).state_dict()
+        load_start(method, config)
+        return method.state_dict(), fresh
+
+    given = read_round(earlier, 2).tensors
+    found, fresh = load(earlier, "method=miram", "seed=1")
+    for name, tensor in found.items():
+        assert torch.equal(tensor, given[name] if name.startswith("backbone.") else fresh[name]), name
+    backbone = {n: t + 1 for n, t in given.items() if n.startswith("backbone.")}
+    write_tensors(tmp_path / "miram.safetensors", backbone)
+    found, fresh = load(tmp_path / "miram.safetensors")
+    for name, tensor in found.items():
+        assert torch.equal(tensor, backbone.get(name, fresh[name])), name
+    write_tensors(tmp_path / "less.safetensors", dict(list(backbone.items())[1:]))
+    with pytest.raises(BackboneMismatchError, match="1 tensors"):
+        load(tmp_path / "less.safetensors")
+
+
 def test_what_does_not_fit_is_refused(earlier, tmp_path):
     small = ["backbone.img_size=32", "backbone.patch_size=4", "backbone.depth=1"]
 
