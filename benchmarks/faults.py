@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.fault_cases.case import judge
 from benchmarks.record import print_table, write_result
 
-GROUPS = ("replies", "sites", "inputs")
+GROUPS = ("replies", "sites", "inputs", "storage", "crash")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -29,6 +29,7 @@ from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError
 
 ROUNDS = "rounds"
+SEAL = "sha256"  # key of a file's metadata
 _META = re.compile(r"round_(\d{4,})\.json")
 
 
@@ -52,21 +53,24 @@ class Round:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors as safetensors, atomically; returns the sha256 of the file.
 
-    The bytes depend on names and values alone, so equal tensors make equal files.
+    The bytes depend on names and values alone, so equal tensors make equal files. The file's own metadata
+    vouch for all else in it: one bit that flips on the disk is found when it is read.
 
     Raises:
         StorageError: as in ``write_bytes``.
     """
-    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    seal = _seal(safetensors.torch.save(whole))[0]
+    data = safetensors.torch.save(whole, metadata={SEAL: seal})
     write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+    """Read a safetensors file; one that vouches for itself is held to it.
 
     Raises:
-        CheckpointError: missing or torn.
+        CheckpointError: missing, torn or changed.
     """
     return _parse(path, _read(path))
 
@@ -156,8 +160,12 @@ def latest(run_dir: Path) -> int | None:
 
 
 def has_rounds(run_dir: Path) -> bool:
-    """Whether a folder holds anything of an earlier run's rounds, whole or torn."""
-    return any((run_dir / ROUNDS).glob("round_*"))
+    """Whether a folder holds anything of an earlier run's rounds, whole or torn.
+
+    Initial weights whose JSON was never written are no round: the run ended before it began.
+    """
+    files = {path.name for path in (run_dir / ROUNDS).glob("round_*")}
+    return bool(files - {round_file(run_dir, 0).name})
 
 
 def _numbers(run_dir: Path) -> list[int]:
@@ -174,6 +182,18 @@ def _read(path: Path) -> bytes:
 
 def _parse(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: torn, not safetensors ({error})") from error
+    found, told = _seal(data)
+    if told is not None and found != told:
+        raise CheckpointError(f"{path}: torn or changed, its sha256 is not the one that it holds")
+    return tensors
+
+
+def _seal(data: bytes) -> tuple[str, str | None]:
+    """Digest names, shapes and values of safetensors bytes; and the digest that their metadata tell."""
+    size = int.from_bytes(data[:8], "little")
+    head = json.loads(data[8 : 8 + size])
+    told = head.pop("__metadata__", {}).get(SEAL)
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode() + data[8 + size :]).hexdigest(), told

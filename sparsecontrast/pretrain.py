@@ -49,9 +49,9 @@ def pretrain(config: Config, show: bool = True) -> Path:
         MethodError: it cannot be as private as configured.
         PrivacyError: the site's budget does not allow it, or its ledger cannot be trusted.
     """
-    resumed = config.resume is not None
-    if resumed:
+    if config.resume is not None:
         config, _ = resolve(overrides.merge(config.overrides, [overrides.assign("resume", config.resume)]))
+    resumed = config.resume is not None
     folder = anchored(config.output_dir)
     config = dataclasses.replace(config, output_dir=str(folder))
     refuse_old_rounds(config)

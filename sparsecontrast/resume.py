@@ -23,11 +23,14 @@ FREE = (
 def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
     """Compose a run's config; with ``resume=FOLDER`` on top of what that folder's run was told.
 
+    A run that ended before its first checkpoint has nothing to continue: it begins, as it was told to.
+
     Args:
         words: overrides.
 
     Returns:
-        The config, ``output_dir`` absolute, and the overrides that give it (without ``resume``).
+        The config, ``output_dir`` absolute, ``resume`` null where the run begins; and the overrides that
+        give it (without ``resume``).
 
     Raises:
         ConfigError: an impossible override, no run to continue, or a difference that would change
@@ -46,7 +49,8 @@ def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
     words = [*words, overrides.assign("output_dir", folder)]
     resumed = compose(words)
     _compare(saved, as_dict(resumed), folder)
-    return dataclasses.replace(resumed, resume=str(folder), output_dir=str(folder)), words
+    begun = str(folder) if checkpoint.has_rounds(folder) else None
+    return dataclasses.replace(resumed, resume=begun, output_dir=str(folder)), words
 
 
 def refuse_old_rounds(config: Config) -> None:

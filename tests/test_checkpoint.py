@@ -5,6 +5,7 @@ import resource
 import signal
 
 import pytest
+import safetensors.torch
 import torch
 
 from sparsecontrast import checkpoint
@@ -46,9 +47,36 @@ def test_equal_tensors_make_equal_files(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_a_flipped_bit_anywhere_in_a_file_of_tensors_is_noticed_or_changes_nothing(tmp_path):
+    """Names, shapes and values are sealed; a bit of the seal's own name says nothing of them."""
+    path, given = tmp_path / "state", {"optimizer.step.w": torch.ones(1), "local.w": torch.arange(6.0)}
+    checkpoint.write_tensors(path, given)
+    whole, noticed = path.read_bytes(), 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            read = checkpoint.read_tensors(path)
+            assert {k: v.tolist() for k, v in read.items()} == {k: v.tolist() for k, v in given.items()}, (
+                place
+            )
+        except CheckpointError:
+            noticed += 1
+    assert noticed >= len(whole) - len("sha256") - len("__metadata__")
+
+
+def test_a_foreign_file_without_a_seal_is_read(tmp_path):
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "timm", metadata={"format": "pt"})
+    assert checkpoint.read_tensors(tmp_path / "timm")["w"].tolist() == [1, 1]
+
+
 def test_empty_folder_has_no_latest(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     assert not checkpoint.has_rounds(tmp_path)
+    # initial weights without their JSON are no round; anything else is a run's
+    checkpoint.write_tensors(checkpoint.round_file(tmp_path, 0), weights(0))
+    assert not checkpoint.has_rounds(tmp_path)
+    checkpoint.write_tensors(checkpoint.round_file(tmp_path, 1), weights(1))
+    assert checkpoint.has_rounds(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".strategy.safetensors", ".json"])

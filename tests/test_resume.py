@@ -232,6 +232,25 @@ def test_two_local_states_are_kept(cut, whole):
             assert found == [f"round_{n:04d}.safetensors" for n in numbers]
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_when_continued(
+    images, whole, tmp_path, monkeypatch
+):
+    """Killed between the initial weights and the JSON that vouches for them."""
+    run, real = tmp_path / "run", checkpoint.write_bytes
+
+    def killed(path, data):
+        if path.suffix == ".json":
+            raise Stopped
+        real(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(checkpoint, "write_bytes", killed)
+        serve(partitions(3), words(images, run, "federation.rounds=3"))
+    assert [p.name for p in (run / "rounds").iterdir()] == ["round_0000.safetensors"]
+    serve(partitions(3), [f"resume={run}"])
+    assert same(whole, run, 3)
+
+
 def test_a_run_that_is_done_has_nothing_to_do(whole):
     before = checkpoint.round_file(whole, 3).read_bytes()
     serve(partitions(3), [f"resume={whole}"])

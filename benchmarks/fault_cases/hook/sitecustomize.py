@@ -1,0 +1,129 @@
+"""kill -9 at a named place of a program that knows nothing of it; Python imports this file before any other.
+
+``FAULTS_PLAN`` names a JSON file: in which process (words of its command line or environment), at which
+function, entered or left the how-manieth time, counted from which other one on, who dies. The plan is done
+once, and then renamed to ``*.done``.
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class Patch(importlib.abc.MetaPathFinder):
+    """Puts the fault into a module as soon as it has been imported.
+
+    Args:
+        told: the plan.
+        path: of its file.
+    """
+
+    def __init__(self, told: dict[str, Any], path: str):
+        self.told, self.path, self.calls = told, path, 0
+        self.armed = not told["after"]
+        self.places = {told["module"]: (told["function"], self.around)}
+        if told["after"]:
+            module, _, function = told["after"].partition(":")
+            self.places[module] = (function, self.arming)
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """Find the module as ever, and change what it holds when it is there."""
+        if name not in self.places:
+            return None
+        function, around = self.places.pop(name)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        run = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            run(module)
+            *above, last = function.split(".")
+            owner = getattr(module, above[0]) if above else module
+            setattr(owner, last, around(getattr(owner, last)))
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+    def arming(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Count from the first call of this function on."""
+
+        def changed(*args: Any, **named: Any) -> Any:
+            self.armed = True
+            return real(*args, **named)
+
+        return changed
+
+    def around(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        """Call the real function, and kill before or behind it, or with its file half written."""
+
+        def changed(*args: Any, **named: Any) -> Any:
+            self.calls += self.armed
+            now = self.armed and self.calls == self.told["call"]
+            if now and self.told["when"] == "enter":
+                self.kill()
+            if now and self.told["when"] == "half":
+                half(real, *args, **named)
+                self.kill()
+            result = real(*args, **named)
+            if now and self.told["when"] == "leave":
+                self.kill()
+            return result
+
+        return changed
+
+    def kill(self) -> None:
+        """Kill, once; who loses the race to the plan goes on."""
+        try:
+            os.rename(self.path, self.path + ".done")
+        except OSError:
+            return
+        for pid in found(self.told["victim"]):
+            os.kill(pid, signal.SIGKILL)
+
+
+def half(write: Callable[..., Any], file: Any, *rest: Any, **named: Any) -> None:
+    """Let ``write`` put all but the last ten bytes of what it would into ``file``."""
+    file.seek(0, os.SEEK_END)
+    before = file.tell()
+    write(file, *rest, **named)
+    file.truncate(before + max((file.seek(0, os.SEEK_END) - before) - 10, 1))
+    os.fsync(file.fileno())
+
+
+def found(words: list[str]) -> list[int]:
+    """Processes whose command line and environment hold all of these words."""
+    pids = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and matches(name, words):
+            pids.append(int(name))
+    return pids
+
+
+def matches(pid: str, words: list[str]) -> bool:
+    """Whether the command line and the environment of a process hold all of these words."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as command, open(f"/proc/{pid}/environ", "rb") as environment:
+            told = command.read() + b"\n" + environment.read()
+    except OSError:
+        return False
+    return all(word.encode() in told for word in words)
+
+
+def install() -> None:
+    """Put the plan's fault in place, if this is the process that it is for."""
+    path = os.environ.get("FAULTS_PLAN", "")
+    try:
+        with open(path, encoding="utf-8") as file:
+            told = json.load(file)
+    except (OSError, ValueError):
+        return
+    if matches("self", told["process"]):
+        sys.meta_path.insert(0, Patch(told, path))
+
+
+install()
