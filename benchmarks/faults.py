@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.fault_cases.case import judge
 from benchmarks.record import print_table, write_result
 
-GROUPS = ("replies", "sites", "inputs", "storage", "crash")
+GROUPS = ("replies", "sites", "inputs", "storage", "transport", "byzantine", "soak", "crash")
+QUICK = ("replies", "inputs", "storage")  # a minute together
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = options.out or Path(scratch)
         rows: list[dict[str, Any]] = []
-        for group in options.only or GROUPS:
+        for group in options.only or (QUICK if options.quick else GROUPS):
             found = run_group(group, out.resolve(), options.quick, options.again)
             print_table(group, found)
             print(_held(found, group), flush=True)

@@ -1,12 +1,24 @@
 """The fault matrix: it sees what is not withstood, goes on where it stopped, and its fast part holds."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from benchmarks import faults
-from benchmarks.fault_cases import inputs, replies
+from benchmarks.fault_cases import byzantine, crash, inputs, replies, soak
 from benchmarks.fault_cases.case import BrokenPromiseError, Case, expect, judge
+from sparsecontrast import checkpoint, payload
+from sparsecontrast.egress import EgressLog
+from tests.ledgers import charged
 
 
 def case(work):
@@ -57,3 +69,72 @@ def test_a_sound_file_among_the_broken_ones_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "BROKEN", {"nothing": lambda data: data})
     with pytest.raises(BrokenPromiseError, match="taken for sound.*nothing, mlut_18.dcm"):
         inputs.broken(tmp_path, 2)
+
+
+HOOKED = """if True:
+    import sys
+    from pathlib import Path
+    from sparsecontrast import egress
+    log = egress.EgressLog(Path(sys.argv[1]))
+    for number in range(3):
+        log.append("train", {"round": number})
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "rows", "torn"), [("enter", 1, False), ("half", 1, True), ("leave", 2, False)]
+)
+def test_a_process_dies_once_where_the_plan_says(tmp_path, when, rows, torn):
+    plan, hook = tmp_path / "plan.json", Path(faults.__file__).parent / "fault_cases" / "hook"
+    at = {"module": "sparsecontrast.egress", "function": "_write", "when": when, "call": 2, "after": ""}
+    plan.write_text(json.dumps(at | {"process": [str(tmp_path)], "victim": [str(tmp_path), "FAULTS_PLAN"]}))
+    environment = {**os.environ, "FAULTS_PLAN": str(plan), "PYTHONPATH": f"{hook}:{Path(hook).parents[2]}"}
+    command = [sys.executable, "-c", HOOKED, str(tmp_path / "site")]
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    log = EgressLog(tmp_path / "site")
+    assert len(log.rows()) == rows and log.path.read_bytes().endswith(b"\n") != torn
+    assert not plan.exists()
+    assert subprocess.run(command, env=environment).returncode == 0
+    assert len(log.rows()) == rows + 3 + torn and log.verify()
+
+
+def test_what_is_released_and_not_charged_is_seen(tmp_path):
+    """The ledger's check of the crash group, on a site that answered once more than it was charged."""
+    state = tmp_path / "states" / crash.VICTIM
+    charged(state / crash.INSECURE)
+    struck = object.__new__(crash.Struck)
+    struck.deployment = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
+    log = EgressLog(state)
+    log.append("train", {"status": "ok", "run_key": "first", "round": 1})
+    assert struck.charged() == 5
+    log.append("train", {"status": "ok", "run_key": "first", "round": 1})
+    with pytest.raises(BrokenPromiseError, match="charged 1, released 2"):
+        struck.charged()
+
+
+def test_memory_that_grows_is_told_from_noise():
+    noise = np.random.Generator(np.random.PCG64(0)).normal(size=16)
+    found, error = soak.slope(list(500 + noise))
+    assert abs(found) < 3 * error and found * soak.ROUNDS < soak.GROWTH
+    found, error = soak.slope([500 + 2 * i + noise[i] for i in range(16)])
+    assert abs(found - 2) < 3 * error and found * soak.ROUNDS > soak.GROWTH
+
+
+def test_an_update_is_multiplied_and_passes_every_check_of_form(tmp_path):
+    shapes = {"backbone.w": (2, 3), "saliency.b": (1,)}
+    weights = {name: torch.ones(shape) for name, shape in shapes.items()}
+    checkpoint.write_round(tmp_path, 0, weights, {})
+    sent = payload.pack({name: tensor + 0.5 for name, tensor in weights.items()}, list(shapes), "fp32")
+    content = RecordDict(
+        {"arrays": ArrayRecord({"flat": Array(sent.flat)}), "manifest": ConfigRecord(sent.manifest)}
+    )
+    reply = SimpleNamespace(content=content)
+    lying = byzantine.Liars(tmp_path, ("a",), -10.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(byzantine, "copy", lambda message: message)
+        ((at_once, told),) = lying.deliver("a", 1, reply)  # type: ignore[arg-type]
+    flat = told.content.array_records["arrays"]["flat"].numpy()
+    assert at_once and (flat == 1 - 5).all()
+    payload.verify(payload.Payload(flat, dict(told.content.config_records["manifest"])), shapes)
+    ((_, honest),) = lying.deliver("b", 1, reply)  # type: ignore[arg-type]
+    assert honest is reply

@@ -1,29 +1,27 @@
 """A real federation of generated kits on loopback: a run, and who is turned away from it."""
 
 import contextlib
-import re
 import shutil
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 import yaml
 
+from benchmarks.fault_cases.fronts import passing_on
+from benchmarks.fault_cases.transport import IN_ORDER, KINDS, LET_IN, Strangers, copy_of, outcome
 from simulation.deploy import ROOT, Deployment
 from sparsecontrast import checkpoint
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.provision import change
-from sparsecontrast.provision.authority import new_authority, site_key
 from tests.dicom_files import write_dicom
 from tests.federations import MODEL, rows
-from tests.fronts import passing_on, write_pem
+from tests.fronts import write_pem
 
 pytestmark = pytest.mark.e2e
 RUNNING = ("north", "south", "west")
-LET_IN = "SuperNode ID"  # what a node says once the SuperLink knows it
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +37,6 @@ def federation(tmp_path_factory):
 
 def said(federation, name):
     return federation.log(name).read_text(errors="replace")
-
-
-def kit_of(federation, site, name, **settings):
-    """Copy a site's kit, with other settings, under another name."""
-    kit = shutil.copytree(federation.kits.site(site), federation.folder / "strangers" / name)
-    text = (kit / "settings.env").read_text()
-    for key, value in settings.items():
-        text = re.sub(rf"(?m)^{key}=.*$", f"{key}={value}", text)
-    (kit / "settings.env").write_text(text)
-    return kit
 
 
 def test_a_run_of_three_hospitals_completes_and_every_answer_is_logged(federation):
@@ -105,7 +93,7 @@ def test_the_captured_wire_holds_no_word_of_a_patient(federation):
     pem = write_pem(folder / "wire.pem", federation.kits.authority())
     words = [*MODEL, "federation.rounds=1", "federation.min_sites=4", f"output_dir='{folder / 'wired'}'"]
     with passing_on(pem, federation.plan.server.bind, heard) as front:
-        kit = kit_of(federation, "east", "named", SUPERLINK=front)
+        kit = copy_of(federation, "east", "named", SUPERLINK=front)
         told = yaml.safe_load((kit / "site.yaml").read_text())
         told["overrides"] = patient_site(folder, "whole", 12)
         (kit / "site.yaml").write_text(yaml.safe_dump(told))
@@ -127,34 +115,11 @@ def test_the_captured_wire_holds_no_word_of_a_patient(federation):
 
 def test_strangers_are_refused_each_for_its_own_reason(federation):
     """The node that all of them copy gets in, by the same way, with a certificate as it should be."""
-    folder, authority = federation.folder, federation.kits.authority()
-    upstream = federation.plan.server.bind
-    long_ago = datetime.now(UTC) - timedelta(days=60)
-    pems = {
-        "in order": write_pem(folder / "good.pem", authority),
-        "wrong name": write_pem(folder / "name.pem", authority, names=("fl.example.org", "127.0.0.2")),
-        "expired": write_pem(folder / "expired.pem", authority, days=30, now=long_ago),
-        "wrong authority": write_pem(folder / "other.pem", new_authority("loopback", 30)),
-    }
     with contextlib.ExitStack() as stack:
-        fronts = {kind: stack.enter_context(passing_on(pem, upstream)) for kind, pem in pems.items()}
-        kits = {kind: kit_of(federation, "east", kind, SUPERLINK=at) for kind, at in fronts.items()}
-        kits["unregistered key"] = kit_of(federation, "east", "unregistered key")
-        (kits["unregistered key"] / "node.key").write_bytes(site_key("east")[0])
-        kits["plain HTTP"] = kit_of(federation, "east", "plain HTTP")
-        script = kits["plain HTTP"] / "supernode.sh"
-        keys = "--root-certificates ca.crt \\\n    --auth-supernode-private-key node.key"
-        assert keys in script.read_text()
-        script.write_text(script.read_text().replace(keys, "--insecure --max-wait-time 3"))
-        kits["plain HTTP, with the key"] = kit_of(federation, "east", "plain HTTP, with the key")
-        script = kits["plain HTTP, with the key"] / "supernode.sh"
-        script.write_text(script.read_text().replace("--root-certificates ca.crt", "--insecure"))
-        codes = {kind: outcome(federation, kind, kit) for kind, kit in kits.items()}
-    let_in = [kind for kind, code in codes.items() if code == LET_IN]
-    assert let_in == ["in order"]
-    assert len(codes) == 7 and all(code not in (0, None) for code in codes.values()), codes
-    for kind in ("wrong name", "expired", "wrong authority"):
-        assert "certificate" in said(federation, kind).lower(), said(federation, kind)
+        strangers = Strangers(federation, stack)
+        codes = {kind: strangers.refused(kind) for kind in KINDS}
+    assert [kind for kind, code in codes.items() if code == LET_IN] == [IN_ORDER]
+    assert len(codes) == 7
 
 
 def test_a_revoked_site_is_turned_away_at_once_and_for_good(federation):
@@ -190,16 +155,3 @@ def test_a_deployment_that_is_interrupted_leaves_no_process(tmp_path):
     left.mark = (tmp_path / "mark").read_text()
     assert "Uvicorn running" in (tmp_path / "out" / "superlink.log").read_text()
     assert not left.processes()
-
-
-def outcome(federation, name, kit):
-    """Start a kit: LET_IN where the SuperLink knew it, and it is stopped then; else its exit status."""
-    process = federation.launch(name, kit / "supernode.sh")
-    for _ in range(900):
-        if LET_IN in said(federation, name):
-            federation.end_one(name)
-            return LET_IN
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.1)
-            return LET_IN if LET_IN in said(federation, name) else process.returncode
-    return None

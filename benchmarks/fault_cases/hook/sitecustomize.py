@@ -67,8 +67,9 @@ class Patch(importlib.abc.MetaPathFinder):
             if now and self.told["when"] == "enter":
                 self.kill()
             if now and self.told["when"] == "half":
-                half(real, *args, **named)
+                before = half(real, *args, **named)
                 self.kill()
+                args[0].truncate(before)  # another process died: this one goes on as if nothing were
             result = real(*args, **named)
             if now and self.told["when"] == "leave":
                 self.kill()
@@ -86,13 +87,14 @@ class Patch(importlib.abc.MetaPathFinder):
             os.kill(pid, signal.SIGKILL)
 
 
-def half(write: Callable[..., Any], file: Any, *rest: Any, **named: Any) -> None:
-    """Let ``write`` put all but the last ten bytes of what it would into ``file``."""
+def half(write: Callable[..., Any], file: Any, *rest: Any, **named: Any) -> int:
+    """Let ``write`` put all but the last ten bytes into ``file``; returns its former size."""
     file.seek(0, os.SEEK_END)
     before = file.tell()
     write(file, *rest, **named)
     file.truncate(before + max((file.seek(0, os.SEEK_END) - before) - 10, 1))
     os.fsync(file.fileno())
+    return before
 
 
 def found(words: list[str]) -> list[int]:

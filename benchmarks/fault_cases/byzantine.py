@@ -1,0 +1,124 @@
+"""Sites that lie within what the server lets in: updates turned round, or ten times too long.
+
+Ten sites of phantoms, a small ViT. One or two sites train honestly and their update (their weights less the
+round's) is multiplied on the wire. What is judged is the backbone in the end: its mean linear-probe AUROC
+over the findings may be at most 0.02 below that of the same strategy without liars. FedAvg has its norm
+bound alone, median and Krum are robust by themselves.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+
+from benchmarks.fault_cases.answers import copy, flat_of, manifest_of, vector_of
+from benchmarks.fault_cases.case import Case, Found, expect
+from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, nodes, quiet, serve, whole_rounds, words
+from sparsecontrast import payload
+
+SITES, ROUNDS, ALLOWED = 10, 4, 0.02
+SEEDS = (0,)
+NAMES = tuple(f"hospital_{i:02d}" for i in range(SITES))
+STRATEGIES = {
+    "fedavg, norm bound": ("federation.strategy=fedavg",),
+    "median": ("federation.strategy=median",),
+    "krum": ("federation.strategy=krum", "federation.options={num_malicious_nodes: 2}"),
+}
+ATTACKS = {"update turned round": -1.0, "update ten times as long": 10.0}
+SIZE = (
+    "backbone.img_size=64", "backbone.patch_size=8", "backbone.depth=2", "data.phantom.patients_per_site=24",
+    "train.batch_size=16", f"federation.rounds={ROUNDS}", "federation.round_timeout=900",
+    "evaluation.bootstrap=20", "evaluation.label_fractions=[1.0]", "evaluation.baselines=[]",
+    "evaluation.overlays=0",
+)  # fmt: skip
+
+
+class Liars(Trouble):
+    """Multiplies the updates of some sites.
+
+    Args:
+        run: the run's folder, where the weights lie that updates count from.
+        liars: names.
+        factor: of their updates.
+    """
+
+    def __init__(self, run: Path, liars: tuple[str, ...], factor: float):
+        self.run, self.liars, self.factor = run, liars, factor
+
+    def deliver(self, site: str, round_number: int, reply: Message) -> list[Delivery]:
+        """Let the honest pass."""
+        if site in self.liars:
+            reply, before = copy(reply), flat_of(self.run, round_number - 1)
+            flat = (before + self.factor * (vector_of(reply.content) - before)).astype(np.float32)
+            told = manifest_of(reply.content)
+            made = payload.manifest_of(dict.fromkeys(told["names"], ()), "fp32", flat)
+            reply.content["arrays"] = ArrayRecord({"flat": Array(flat)})
+            reply.content["manifest"] = ConfigRecord(told | {"sha256": made["sha256"]})
+        return [(True, reply)]
+
+
+@contextlib.contextmanager
+def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
+    """Give the cases; their workers end with the block."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def wire() -> Wire:
+            stack.enter_context(quiet(folder / "server.log"))
+            one = Wire(nodes(SITES), 1)
+            stack.callback(one.close)
+            return one
+
+        @functools.cache
+        def score(strategy: str, count: int, factor: float, seed: int) -> tuple[float, int]:
+            return trained(
+                wire(), folder / f"{strategy}-{count}-{factor:g}-{seed}", strategy, count, factor, seed
+            )
+
+        def of(strategy: str, attack: str, count: int, seed: int) -> Case:
+            def work(_: Path) -> Found:
+                clean, _refused = score(strategy, 0, 1.0, seed)
+                found, refused = score(strategy, count, ATTACKS[attack], seed)
+                text = f"AUROC {found:.3f}, clean {clean:.3f}, {refused} lies refused"
+                expect(clean - found <= ALLOWED, text)
+                return {"found": text, "auroc": round(found, 4), "clean_auroc": round(clean, 4)}
+
+            return Case("byzantine", f"{strategy}, seed {seed}: {attack}, {count} of {SITES}", work)
+
+        yield [
+            of(strategy, attack, count, seed)
+            for seed in SEEDS
+            for count in (2, 1)
+            for strategy in STRATEGIES
+            for attack in ATTACKS
+        ]
+
+
+def trained(
+    wire: Wire, folder: Path, strategy: str, count: int, factor: float, seed: int
+) -> tuple[float, int]:
+    """Train with so many liars; returns the mean AUROC over the findings, and how many lies were refused."""
+    liars, run = NAMES[SITES - count :], folder / "run"
+    told = words(folder, SITES, *SIZE, *STRATEGIES[strategy], f"seed={seed}")
+    if (run / "config.yaml").exists():
+        told = [f"resume={run}"]
+    rows = whole_rounds(serve(wire, told, Liars(run, liars, factor)))
+    return auroc(run), sum(len(row["refused"]) for row in rows)
+
+
+def auroc(run: Path) -> float:
+    """Score a run's last round: the mean linear-probe AUROC over all findings, every label."""
+    from sparsecontrast.evaluation import evaluate_run
+    from sparsecontrast.findings import pick, questions
+
+    evaluation = evaluate_run(run, show=False)
+    found = [
+        row["value"]
+        for question in questions(evaluation)
+        for row in pick(evaluation["rows"], question, metric="linear_probe_auroc")
+        if row["value"] is not None and row["features"] == "federated"
+    ]
+    return float(np.mean(found))
