@@ -7,7 +7,6 @@ Rewrites what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in ``R
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -15,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cells_table import cells
+from benchmarks.committed import Rows, markdown, rows
+
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 READMES = (HERE / "README.md", HERE.parent / "README.md")
 MARKED = re.compile(r"(<!-- table (?P<name>\S+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-Rows = list[dict[str, Any]]
 OURS = {"sparse_contrast": "**SparseContrast**", "ours": "**ours**", "surprise": "**surprise**"}
 
 
@@ -43,16 +43,6 @@ def fill(text: str) -> str:
         KeyError: no table has a name that is marked.
     """
     return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n\n", text)
-
-
-def rows(pattern: str) -> Rows:
-    """Rows of all results whose file name fits, in the order of the names."""
-    return [row for path in sorted(RESULTS.glob(pattern)) for row in json.loads(path.read_text())["rows"]]
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Write a table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
 def sparsity(precisions: Sequence[str] = (), keeps: Sequence[float] = ()) -> str:
@@ -318,6 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoders": decoders,
     "decoders-break-even": decoders_break_even,
     "privacy": privacy,
+    "cells": cells,
     "localisation": lambda: localisation(GROUPS),
     "localisation-bar": lambda: localisation(BAR),
     "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
