@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import quality_arms as qa
 from benchmarks.contenders import Workload
-from benchmarks.rivals.moco_v3 import MocoV3
+from benchmarks.rivals.moco_v3 import TEMPERATURE, MocoV3
 from sparsecontrast.config import compose
 from sparsecontrast.data.transforms import Augmentation, mae_view, two_views
 from sparsecontrast.methods import build_method
@@ -85,8 +85,8 @@ def train_arm(
     """Train one arm on ``images[rows]`` and embed all images; see ``quality_arms.train_arm``."""
     work = build_arm(arm, protocol, seed, total)
     facts = qa.fit(work, lambda step: _batch(arm, images, rows, protocol, seed, step), protocol, total)
-    if arm.contrast:  # twice ln(batch), for both directions, times 2 tau is what a blind guess costs
-        facts["chance_loss"] = 4 * 0.2 * math.log(min(protocol.batch, len(rows)))
+    if arm.contrast:  # a blind guess costs 2 tau ln(batch), in each direction
+        facts["chance_loss"] = 4 * TEMPERATURE * math.log(min(protocol.batch, len(rows)))
     return qa.Trained({"own": _encode(work, images, protocol)}, facts, qa.told(arm, protocol))
 
 

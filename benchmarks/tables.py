@@ -139,35 +139,41 @@ def _over_chance(row: dict[str, Any] | None) -> str:
 
 PHANTOMS = (("all findings", "macro"), ("by size", "lesion under 2 patches"), ("by size", "larger lesion"))
 REAL = (("bacterial against viral", None), ("pneumonia against normal", None), ("NIH findings", "macro"))
+BREASTS = (("normal or benign or malignant", "macro"), ("malignant against benign", None))
 
 
-def quality(data: str, asked: Sequence[tuple[str, str | None]]) -> str:
+def quality(
+    data: str,
+    asked: Sequence[tuple[str, str | None]],
+    file: str = "quality-cpu.json",
+    reference: str = "dense",
+) -> str:
     """AUROC of every arm, and the paired differences with their intervals over patients and seeds."""
     found: dict[str, Rows] = {}
-    for row in rows("quality-cpu.json"):
+    for row in rows(file):
         if row["data"] == data and "auroc" in row:
             found.setdefault(row["arm"], []).append(row)
     head = ["arm", "steps", "CPU s"]
     head += [
         text
         for task, label in asked
-        for text in (label if label not in (None, "macro") else task, "− dense", "ours − it")
+        for text in (label if label not in (None, "macro") else task, f"− {reference}", "ours − it")
     ]
     body = []
     for arm, mine in found.items():
-        cells = [text for one in asked for text in _difference(mine, *one)]
+        cells = [text for one in asked for text in _difference(mine, *one, reference)]
         steps, seconds = (mine[0].get(f"mean_{key}") for key in ("steps", "train_seconds"))
         told = ["–" if value is None else f"{value:.0f}" for value in (steps, seconds)]
         body.append([OURS.get(arm, arm.replace("_", " ")), *told, *cells])
     return markdown(head, body)
 
 
-def _difference(mine: Rows, task: str, label: str | None) -> tuple[str, str, str]:
+def _difference(mine: Rows, task: str, label: str | None, reference: str = "dense") -> tuple[str, str, str]:
     """AUROC, and both differences with their intervals; of a task's only label where ``label`` is None."""
     row = next((r for r in mine if r["task"] == task and label in (None, r["label"])), None)
     if row is None:
         return "–", "–", "–"
-    return f"{row['auroc']:.3f}", _spread(row, "minus_dense"), _spread(row, "ours_minus")
+    return f"{row['auroc']:.3f}", _spread(row, f"minus_{reference}"), _spread(row, "ours_minus")
 
 
 def _spread(row: dict[str, Any], key: str) -> str:
@@ -316,6 +322,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "localisation-bar": lambda: localisation(BAR),
     "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
     "quality-real": lambda: quality("multisite", REAL),
+    "quality-miram-phantoms": lambda: quality("phantoms", PHANTOMS, "quality-miram-cpu.json", "mae"),
+    "quality-miram-guangzhou": lambda: quality("guangzhou", REAL[:2], "quality-miram-cpu.json", "mae"),
+    "quality-miram-mias": lambda: quality("mias", BREASTS, "quality-miram-cpu.json", "mae"),
     "borders": borders,
     "epoch": epoch,
     "audit": audit,

@@ -8,9 +8,10 @@ weights is taken off (Watson et al., arXiv 2111.08440, equation 3):
     loss(p)       = - mean of L(x; w_T) over the films of p and over fixed random views
     calibrated(p) = mean of L(x; w_0) - mean of L(x; w_T)
 
-L is the method's own loss of one image. Its projection head never leaves a site; the attacker takes the
-untrained one that the seed gives. An AUROC of 0.5 means that the score tells nothing. A better attack may
-tell more, and one that watches every round has more to go by: this is a lower bound, never a proof of safety.
+L is the method's own loss of one image. Its projection head, or MIRAM's decoders, never leave a site; the
+attacker takes the untrained ones that the seed gives (which leaves little of MIRAM's loss to go by). An AUROC
+of 0.5 means that the score tells nothing. A better attack may tell more, and one that watches every round has
+more to go by: this is a lower bound, never a proof of safety.
 """
 
 import dataclasses

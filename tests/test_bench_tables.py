@@ -34,4 +34,7 @@ def test_differences_are_shown_with_their_intervals():
         "+0.100 [+0.090, +0.200]",
     )
     assert tables._difference([row], "t", "a") == ("0.700", "–", "–")  # one model: nothing to pair
+    other = {"task": "t", "label": "a", "auroc": 0.6, "minus_mae": 0.1, "minus_mae_low": 0.05}
+    told = tables._difference([other | {"minus_mae_high": 0.15}], "t", "a", "mae")
+    assert told == ("0.600", "+0.100 [+0.050, +0.150]", "–")
     assert tables._difference([row], "t", "b") == ("–", "–", "–")
