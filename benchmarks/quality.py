@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments(argv)
     study = STUDIES[args.method]
     protocol = study.quick if args.quick else study.protocol
+    if args.steps is not None:
+        protocol = dataclasses.replace(protocol, steps=args.steps)
     if args.one:
         train_one(args, protocol, *args.one)
         return
@@ -283,6 +285,7 @@ def _call(args: argparse.Namespace, job: tuple[str, str, str]) -> None:
     """Train one arm in a process of its own, one thread."""
     words = ["--method", args.method, "--root", str(args.root), "--mammograms", str(args.mammograms)]
     words += ["--out", str(args.out), *(["--quick"] if args.quick else [])]
+    words += [] if args.steps is None else ["--steps", str(args.steps)]
     command = [sys.executable, "-m", "benchmarks.quality", *words, "--one", *job]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     facts = qa.load(_file(args, *job)).facts
@@ -294,8 +297,9 @@ def _file(args: argparse.Namespace, data: str, seed: str, name: str) -> Path:
 
 
 def _command(args: argparse.Namespace) -> str:
-    method = "" if args.method == "sparse_contrast" else f" --method {args.method}"
-    return f"python -m benchmarks.quality{method} --root {args.root}{' --quick' if args.quick else ''}"
+    told = "" if args.method == "sparse_contrast" else f" --method {args.method}"
+    told += "" if args.steps is None else f" --steps {args.steps}"
+    return f"python -m benchmarks.quality{told} --root {args.root}{' --quick' if args.quick else ''}"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -307,6 +311,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--data", nargs="+", default=None, choices=(*NAMES, *PARTS))
     parser.add_argument("--arms", nargs="+", default=None, help="train these alone")
+    parser.add_argument("--steps", type=int, default=None, help="of every arm, in place of the protocol's")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a toy: two steps of a one-block network")
     parser.add_argument("--json", type=Path, default=None)

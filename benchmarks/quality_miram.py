@@ -42,8 +42,7 @@ class Protocol(qa.Protocol):
         landmarks: of the linear attentions.
     """
 
-    steps: int = 1000
-    batch: int = 64
+    steps: int = 600
     mask_ratio: float = 0.75
     decoder: int = 96
     decoder_depth: int = 2

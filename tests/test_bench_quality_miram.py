@@ -114,6 +114,8 @@ def test_the_quick_command_trains_scores_and_is_continued(tmp_path, capsys):
     quality.main([*words, "--json", str(tmp_path / "out.json")])  # nothing is left to train
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["name"] == "quality-miram" and "--method miram" in result["command"]
+    with pytest.raises(SystemExit, match="another protocol"):  # other steps are another run
+        quality.main([*words, "--steps", "3"])
     macro = {r["arm"]: r for r in result["rows"] if (r["task"], r["label"]) == ("all findings", "macro")}
     assert set(macro) == {"mae", "miram", "pixels_16x16", "random_init"}
     assert macro["mae"]["minus_mae"] == 0 and len(macro["miram"]["seeds"]) == 2
