@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_cases.case import judge
+from benchmarks.fault_cases.case import judge, row_file
 from benchmarks.record import print_table, write_result
 
 GROUPS = ("replies", "sites", "inputs", "storage", "transport", "byzantine", "soak", "crash")
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or Path(scratch)
         rows: list[dict[str, Any]] = []
         for group in options.only or (QUICK if options.quick else GROUPS):
-            found = run_group(group, out.resolve(), options.quick, options.again)
+            found = run_group(group, out.resolve(), options.quick, options.again, options.kept)
+            if not found:
+                continue
             print_table(group, found)
             print(_held(found, group), flush=True)
             rows += found
@@ -41,13 +43,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not all(row["held"] for row in rows))
 
 
-def run_group(group: str, out: Path, quick: bool, again: bool = False) -> list[dict[str, Any]]:
-    """Judge a group's cases, one after the other, and tell each as it ends; returns their rows."""
+def run_group(
+    group: str, out: Path, quick: bool, again: bool = False, kept: bool = False
+) -> list[dict[str, Any]]:
+    """Judge a group's cases, one after the other, and tell each as it ends; returns their rows.
+
+    Args:
+        group: a module of ``fault_cases``.
+        out: see ``judge``.
+        quick: a few cases.
+        again: see ``judge``.
+        kept: judge nothing, give the rows that are kept.
+    """
     module = importlib.import_module(f"benchmarks.fault_cases.{group}")
     rows = []
     with module.cases(out / "work" / group, quick) as found:
         for case in found:
-            row = judge(case, out, again)
+            if kept and not row_file(case, out).exists():
+                continue
+            row = judge(case, out, again and not kept)
             rows.append(row)
             word = "held  " if row["held"] else "FAILED"
             print(f"{word} {group}: {row['fault']}: {row['found']}", flush=True)
@@ -66,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep rows here, and go on with them")
     parser.add_argument("--again", action="store_true", help="judge anew what failed")
+    parser.add_argument("--kept", action="store_true", help="judge nothing, tell the rows that are kept")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser
 

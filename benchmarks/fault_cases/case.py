@@ -43,7 +43,7 @@ def judge(case: Case, out: Path, again: bool = False) -> dict[str, Any]:
         again: also where an earlier attempt failed.
     """
     name = f"{case.group}/{slug(case.fault)}"
-    kept, folder = out / "rows" / f"{name}.json", out / "work" / f"{name}-{time.time_ns():x}"
+    kept, folder = row_file(case, out), out / "work" / f"{name}-{time.time_ns():x}"
     if kept.exists() and ((old := json.loads(kept.read_text()))["held"] or not again):
         return old
     row: dict[str, Any] = {"group": case.group, "fault": case.fault}
@@ -58,6 +58,11 @@ def judge(case: Case, out: Path, again: bool = False) -> dict[str, Any]:
     row["seconds"] = round(time.monotonic() - started, 1)
     write_bytes(kept, json.dumps(row).encode())
     return row
+
+
+def row_file(case: Case, out: Path) -> Path:
+    """Where a case's row is kept."""
+    return out / "rows" / case.group / f"{slug(case.fault)}.json"
 
 
 def expect(true: object, found: object) -> None:

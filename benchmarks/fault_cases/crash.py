@@ -88,17 +88,13 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
         def struck() -> "Struck":
             return Struck(folder / str(time.time_ns()), stack)
 
-        @functools.cache
-        def run(victim: str) -> Path:
-            return struck().begin(victim)
-
         def of(place: Place) -> Case:
             fault = f"{place.victim}: {place.phase}"
-            return Case("crash", fault, lambda _: struck().strike(run(place.victim), place))
+            return Case("crash", fault, lambda _: struck().strike(place))
 
         def end(victim: str) -> Case:
             fault = f"{victim}: after all of these, {END}"
-            return Case("crash", fault, lambda _: struck().finish(run(victim)))
+            return Case("crash", fault, lambda _: struck().finish(victim))
 
         victims = list(VICTIMS)
         yield [case for v in victims for case in (*map(of, chain(v)), end(v))]
@@ -113,7 +109,7 @@ class Struck:
     """
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
-        self.plan = folder / "plan.json"
+        self.plan, self.runs = folder / "plan.json", dict[str, list[Path]]()
         self.deployment = stack.enter_context(Deployment(folder / "federation", SITES, patients=12))
         d = self.deployment
         hook = Path(__file__).parent / "hook"
@@ -144,16 +140,27 @@ class Struck:
         key = checkpoint.read_meta(self.base, 1)["run_key"]
         return self.deployment.folder / "states" / name / "state" / str(key)
 
-    def begin(self, victim: str) -> Path:
-        """Give a run that has done its first round, and put the sites' states back to that moment."""
+    def run(self, victim: str, going: bool) -> Path:
+        """Give a victim's run; a new one where there is none, or where it is to go on and has ended.
+
+        A ServerApp outlives its SuperLink by a few seconds, which is enough for a small run's last round.
+        """
+        runs = self.runs.setdefault(victim, [])
+        if not runs or (going and checkpoint.latest(runs[-1]) == ROUNDS):
+            runs.append(self.begin(f"{victim.replace(' ', '-')}-{len(runs)}"))
+        return runs[-1]
+
+    def begin(self, name: str) -> Path:
+        """Copy the run that has done its first round, and put the sites' states back to that moment."""
         self.plan.unlink(missing_ok=True)
         for name in SITES:
             shutil.rmtree(self.states(name))
             shutil.copytree(self.deployment.folder / "kept" / name, self.states(name))
-        return Path(shutil.copytree(self.base, self.deployment.folder / victim.replace(" ", "-")))
+        return Path(shutil.copytree(self.base, self.deployment.folder / name))
 
-    def strike(self, run: Path, place: Place) -> Found:
+    def strike(self, place: Place) -> Found:
         """Continue the run, kill where it is told, put back what a service manager would, and look."""
+        run = self.run(place.victim, going=True)
         before, charged = checkpoint.latest(run) or 0, self.charged()
         self.aim(place)
         self.submit([f"resume={run}"])
@@ -167,8 +174,9 @@ class Struck:
         expect(self.charged() >= charged, "the ledger lost a charge")
         return {"found": f"rounds 1 to {after} as undisturbed; the run had ended {seconds:.0f} s after"}
 
-    def finish(self, run: Path) -> Found:
+    def finish(self, victim: str) -> Found:
         """Continue to the end; the whole of it is the undisturbed run's, and no round counts twice."""
+        run = self.run(victim, going=False)
         self.plan.unlink(missing_ok=True)
         self.submit([f"resume={run}"])
         self.await_end()

@@ -22,6 +22,8 @@ GROWTH = 10.0  # MiB over all rounds, in any process
 class Watch(Trouble):
     """Looks at this process and the workers before each round's first message."""
 
+    recorded = False  # 19 MB a round
+
     def __init__(self, wire: Wire):
         self.wire, self.seen = wire, 0
         self.memory: dict[int, list[float]] = {}

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
         @functools.cache
         def bench() -> Bench:
             stack.enter_context(quiet(folder / "server.log"))
-            one = Bench(folder / "bench")
+            one = Bench(folder / str(time.time_ns()))
             stack.callback(one.wire.close)
             return one
 
