@@ -8,6 +8,7 @@ squares, may add no more than ``GROWTH`` over all 24 rounds.
 import contextlib
 import os
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
 def soak(folder: Path) -> Found:
     """Run them, then see what is left when the grid is closed."""
     with quiet(folder / "server.log"):
+        resource_tracker.ensure_running()  # Python's own, one for the life of this process
         before = children()
         with Wire(nodes(SITES), 1) as wire:
             assert isinstance(wire, Wire)
