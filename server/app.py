@@ -1,9 +1,15 @@
 """The ServerApp: compose, open the run folder, greet the sites, run the rounds."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.log import fail, say
+
+if TYPE_CHECKING:
+    from sparsecontrast.settings import Config
 
 app = ServerApp()
 
@@ -37,16 +43,11 @@ def run(grid: Grid, words: list[str]) -> None:
         FederationError: too few sites, or too few valid replies in a round.
         StorageError: the run folder cannot be written, or holds nothing to continue.
     """
-    from server.conversation import connect
-    from server.folder import open_folder, resolve
-    from server.rounds import Rounds, initial_weights
+    from server.folder import alone, resolve
     from server.strategy import Aggregator
-    from sparsecontrast import checkpoint, payload
-    from sparsecontrast.errors import BackboneMismatchError, ConfigError
+    from sparsecontrast.errors import ConfigError
     from sparsecontrast.methods import build_method
-    from sparsecontrast.overrides import join
     from sparsecontrast.start import load_start
-    from sparsecontrast.tensorboard import write_tensorboard
 
     config, words = resolve(words)
     if config.federation.partition != "by_site" and config.data.index is None:
@@ -64,6 +65,19 @@ def run(grid: Grid, words: list[str]) -> None:
     method = build_method(config, pretrained=config.resume is None)  # a continued run has its own weights
     if config.resume is None:
         load_start(method, config)
+    with alone(Path(config.output_dir)):
+        _serve(grid, config, words, method)
+
+
+def _serve(grid: Grid, config: "Config", words: list[str], method: Any) -> None:
+    from server.conversation import connect
+    from server.folder import open_folder
+    from server.rounds import Rounds, initial_weights
+    from sparsecontrast import checkpoint, payload
+    from sparsecontrast.errors import BackboneMismatchError
+    from sparsecontrast.overrides import join
+    from sparsecontrast.tensorboard import write_tensorboard
+
     names = sorted(method.shared_parameters())
     weights, strategy = initial_weights(method, names), {}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}

@@ -1,9 +1,12 @@
 """The run folder: started once, continued with ``resume``, never mixed up with another run."""
 
 import contextlib
+import fcntl
 import json
+import os
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,9 @@ from sparsecontrast.errors import CheckpointError, StorageError
 from sparsecontrast.resume import refuse_old_rounds, resolve
 from sparsecontrast.settings import Config
 
-__all__ = ["RunFolder", "open_folder", "refuse_old_rounds", "resolve"]
+__all__ = ["RunFolder", "alone", "open_folder", "refuse_old_rounds", "resolve"]
+
+OTHER_SECONDS = 90.0  # for another server's end
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,43 @@ class RunFolder:
                 file.write(text)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}; resume= makes it whole") from error
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep every other server off a run folder; one that was killed keeps nobody off.
+
+    A ServerApp may outlive its SuperLink by some seconds, so one that continues the run waits for it.
+
+    Args:
+        path: of the run folder; made if it is not there.
+
+    Raises:
+        StorageError: another server is at work on this run, or the folder cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        _lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> None:
+    deadline = time.monotonic() + OTHER_SECONDS
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise StorageError(
+                    f"{path}: another server is at work on this run; stop it first, or wait for its end"
+                ) from None
+        time.sleep(0.2)
 
 
 def open_folder(config: Config, words: Sequence[str]) -> RunFolder:

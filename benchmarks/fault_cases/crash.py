@@ -38,6 +38,7 @@ RUN = (
     "federation.connect_timeout=300",
 )  # fmt: skip
 SERVER, CLIENT = "flwr-serverapp", "client.sentinel"
+NODE_SECONDS = 10.0  # until a SuperNode that is turned away has ended
 PATIENCE = 420.0  # seconds for anything that takes one, on a machine that others use too
 SUFFIXES = (".safetensors", ".strategy.safetensors")
 
@@ -248,9 +249,20 @@ class Struck:
         if d.started["superlink"].poll() is not None:
             d.start_superlink()
         for name in SITES:
-            if d.started[name].poll() is not None:
-                d.start_node(name)
-                d.await_node(name)
+            self.until(lambda name=name: self.kept_alive(name), f"the SuperNode of {name} does not stay")
+
+    def kept_alive(self, name: str) -> bool:
+        """Start a SuperNode that is dead; whether it stays.
+
+        The SuperLink turns a node away (exit 305) that it believes to be there still, until two of its
+        heartbeats are missing: a unit's ``Restart=always`` comes back as well.
+        """
+        d = self.deployment
+        if d.started[name].poll() is None:
+            return True
+        d.start_node(name)
+        time.sleep(NODE_SECONDS)
+        return False  # whether it is alive is asked again
 
     def await_end(self) -> None:
         """Return when no ServerApp is at work any more."""
