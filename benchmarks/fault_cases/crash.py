@@ -154,9 +154,9 @@ class Struck:
     def begin(self, name: str) -> Path:
         """Copy the run that has done its first round, and put the sites' states back to that moment."""
         self.plan.unlink(missing_ok=True)
-        for name in SITES:
-            shutil.rmtree(self.states(name))
-            shutil.copytree(self.deployment.folder / "kept" / name, self.states(name))
+        for site in SITES:
+            shutil.rmtree(self.states(site))
+            shutil.copytree(self.deployment.folder / "kept" / site, self.states(site))
         return Path(shutil.copytree(self.base, self.deployment.folder / name))
 
     def strike(self, place: Place) -> Found:
