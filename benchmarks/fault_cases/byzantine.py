@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 
 from benchmarks.fault_cases.answers import copy, flat_of, manifest_of, vector_of
 from benchmarks.fault_cases.case import Case, Found, expect
-from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, nodes, quiet, serve, whole_rounds, words
+from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, serve, when_used, whole_rounds, words
 from sparsecontrast import payload
 
 SITES, ROUNDS, ALLOWED = 10, 4, 0.02
@@ -63,14 +63,7 @@ class Liars(Trouble):
 @contextlib.contextmanager
 def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
     """Give the cases; their workers end with the block."""
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def wire() -> Wire:
-            stack.enter_context(quiet(folder / "server.log"))
-            one = Wire(nodes(SITES), 1)
-            stack.callback(one.close)
-            return one
+    with when_used(SITES, folder / "server.log") as wire:
 
         @functools.cache
         def score(strategy: str, count: int, factor: float, seed: int) -> tuple[float, int]:

@@ -7,7 +7,6 @@ sites' answers, computed here.
 
 import contextlib
 import dataclasses
-import functools
 import io
 import math
 import os
@@ -21,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from benchmarks.fault_cases.answers import copy, expect_mean, manifest_of, vector_of
 from benchmarks.fault_cases.case import Case, Found, expect
-from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, nodes, quiet, serve, whole_rounds, words
+from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, serve, when_used, whole_rounds, words
 from sparsecontrast import payload
 
 SITES, LIAR, ROUND = 3, "hospital_01", 2
@@ -247,14 +246,7 @@ PICKLED = "a pickle in place of the array"
 def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
     """Give the cases; their workers end with the block."""
     chosen = [fault for fault in LIES if not quick or fault in QUICK]
-    with contextlib.ExitStack() as stack:
-
-        @functools.cache
-        def wire() -> Wire:
-            stack.enter_context(quiet(folder / "server.log"))
-            one = Wire(nodes(SITES), 1)
-            stack.callback(one.close)
-            return one
+    with when_used(SITES, folder / "server.log") as wire:
 
         def of(fault: str) -> Case:
             upload, lie, code = LIES[fault]

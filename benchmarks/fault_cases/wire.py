@@ -5,9 +5,10 @@ would, and loses, holds back, repeats or rewrites what passes. The server knows 
 """
 
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,21 @@ def rows(run: Path) -> list[dict[str, Any]]:
 def whole_rounds(told: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keep the rows of whole rounds."""
     return [row for row in told if row["site"] is None]
+
+
+@contextlib.contextmanager
+def when_used(sites: int, log: Path) -> Iterator[Callable[[], Wire]]:
+    """Give a function that starts a grid of so many sites at its first call; the block ends it."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def wire() -> Wire:
+            stack.enter_context(quiet(log))
+            one = Wire(nodes(sites), 1)
+            stack.callback(one.close)
+            return one
+
+        yield wire
 
 
 @contextlib.contextmanager
