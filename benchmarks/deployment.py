@@ -2,10 +2,11 @@
 
     python -m benchmarks.deployment [--quick] [--json FILE]
 
-``start`` rows: a fresh client process, from before it is started to the end of its first optimizer step, on
-images that are already cached, as in every round but the first. ``round`` rows: three sites on loopback, TLS,
-SQLite, a process for each message (``simulation/deploy.py``). overhead_s is a round's wall clock minus the
-longest training of its sites; the sites train at the same time, so on fewer cores than sites they share them.
+``start`` rows: a client process, from before it is started to the end of its first optimizer step, on images
+that are already cached, as in every round but the first; cold, or forked from a process that has imported
+what it needs (``client/executor.py``), which is how a kit starts it. ``round`` rows: three sites on loopback,
+TLS, SQLite, a process for each message (``simulation/deploy.py``). overhead_s is a round's wall clock minus
+the longest training of its sites; they train at the same time, so on fewer cores than sites they share them.
 The first round reads and caches the images too.
 """
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = [*TINY] if args.quick else overrides.merge([*TINY], [*MODEL])
     with tempfile.TemporaryDirectory(prefix="deployment") as folder:
         rows = starts(Path(folder) / "start", words, 1 if args.quick else 7)
-        rows += rounds(Path(folder) / "rounds", words, 8 if args.quick else 24)
+        for warm in (True, False):
+            rows += rounds(Path(folder) / f"rounds-{warm}", words, 8 if args.quick else 24, warm)
     for kind in ("start", "round"):
         print_table(f"Deployment: {kind}", [row for row in rows if row["kind"] == kind])
     if args.json:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def starts(folder: Path, words: Sequence[str], repeats: int) -> list[Row]:
-    """One row a fresh client process; a first one, not counted, caches the images."""
+    """One row a client process, cold and warm by turns; the first two, not counted, cache the images."""
     deployment = Deployment(folder, ("north",), 16)
     deployment.provision()
     site = deployment.kits.site("north") / "site.yaml"
@@ -60,12 +62,14 @@ def starts(folder: Path, words: Sequence[str], repeats: int) -> list[Row]:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     rows = []
-    for number in range(repeats + 1):
+    for number in range(2 * (repeats + 1)):
+        how = ("cold", "warm")[number % 2]
         command = [
             sys.executable,
             "-P",
             "-m",
             "benchmarks.first_step",
+            how,
             repr(time.time()),
             str(message),
             str(site),
@@ -75,8 +79,8 @@ def starts(folder: Path, words: Sequence[str], repeats: int) -> list[Row]:
         if told.pop("status") != "ok":
             raise RuntimeError(f"the client refused: see client.log below {folder}")
         told = {key: round(value, 3) if key.endswith("_s") else value for key, value in told.items()}
-        rows.append({"kind": "start", "repeat": number, **told})
-    return rows[1:]
+        rows.append({"kind": "start", "process": how, "repeat": number // 2, **told})
+    return rows[2:]
 
 
 def order(site: str, words: Sequence[str]) -> bytes:
@@ -106,10 +110,14 @@ def order(site: str, words: Sequence[str]) -> bytes:
     return message_to_proto(message).SerializeToString()
 
 
-def rounds(folder: Path, words: Sequence[str], patients: int) -> list[Row]:
+def rounds(folder: Path, words: Sequence[str], patients: int, warm: bool = True) -> list[Row]:
     """One row a round of a real federation of three sites."""
     with Deployment(folder, patients=patients) as deployment:
         deployment.provision()
+        if not warm:
+            for name in deployment.sites:
+                with open(deployment.kits.site(name) / "settings.env", "a", encoding="utf-8") as settings:
+                    settings.write("WARM=no\n")
         deployment.start()
         status = deployment.run(words)
         if status != "finished:completed":
@@ -126,7 +134,8 @@ def rounds(folder: Path, words: Sequence[str], patients: int) -> list[Row]:
             "setup_s": setup,
         }  # fmt: skip
         rows.append({
-            "kind": "round", "round": whole["round"], "sites": len(mine),
+            "kind": "round", "process": "warm" if warm else "cold", "round": whole["round"],
+            "sites": len(mine),
             **{key: round(value, 2) for key, value in seconds.items()},
             "bytes_up": whole["bytes_up"], "bytes_down": whole["bytes_down"],
         })  # fmt: skip

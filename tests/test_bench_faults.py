@@ -79,17 +79,28 @@ HOOKED = """if True:
     for number in range(3):
         log.append("train", {"round": number})
 """
+# client.executor's, which has imported all of it before it forks a process that is to die
+FORKED = f"""if True:  # client.executor
+    import os, sys, types
+    from sparsecontrast import egress
+    sys.modules["client.sentinel"] = types.ModuleType("client.sentinel")
+    if pid := os.fork():
+        status = os.waitpid(pid, 0)[1]
+        os.kill(os.getpid(), status) if status else sys.exit(0)
+{HOOKED.removeprefix("if True:")}"""
 
 
+@pytest.mark.parametrize("code", [HOOKED, FORKED], ids=["started", "forked"])
 @pytest.mark.parametrize(
     ("when", "rows", "torn"), [("enter", 1, False), ("half", 1, True), ("leave", 2, False)]
 )
-def test_a_process_dies_once_where_the_plan_says(tmp_path, when, rows, torn):
+def test_a_process_dies_once_where_the_plan_says(tmp_path, code, when, rows, torn):
     plan, hook = tmp_path / "plan.json", Path(faults.__file__).parent / "fault_cases" / "hook"
     at = {"module": "sparsecontrast.egress", "function": "_write", "when": when, "call": 2, "after": ""}
-    plan.write_text(json.dumps(at | {"process": [str(tmp_path)], "victim": [str(tmp_path), "FAULTS_PLAN"]}))
+    victim = "itself" if code is FORKED else [str(tmp_path), "FAULTS_PLAN"]
+    plan.write_text(json.dumps(at | {"process": [str(tmp_path)], "victim": victim}))
     environment = {**os.environ, "FAULTS_PLAN": str(plan), "PYTHONPATH": f"{hook}:{Path(hook).parents[2]}"}
-    command = [sys.executable, "-c", HOOKED, str(tmp_path / "site")]
+    command = [sys.executable, "-c", code, str(tmp_path / "site")]
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
     log = EgressLog(tmp_path / "site")
     assert len(log.rows()) == rows and log.path.read_bytes().endswith(b"\n") != torn

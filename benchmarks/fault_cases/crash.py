@@ -37,7 +37,7 @@ RUN = (
     "federation.strategy=fedyogi", "federation.options={eta: 0.01}", "federation.round_timeout=180",
     "federation.connect_timeout=300",
 )  # fmt: skip
-SERVER, CLIENT = "flwr-serverapp", "client.sentinel"
+SERVER, CLIENT = "flwr-serverapp", "client.executor"
 NODE_SECONDS = 10.0  # until a SuperNode that is turned away has ended
 PATIENCE = 420.0  # seconds for anything that takes one, on a machine that others use too
 SUFFIXES = (".safetensors", ".strategy.safetensors")
@@ -60,7 +60,7 @@ PHASES = {
     "checkpoint written": _at(SERVER, "sparsecontrast.checkpoint:write_round", "leave"),
 }
 VICTIMS = {
-    "client process": [CLIENT, f"/{VICTIM}/"], "ServerApp": [SERVER],
+    "client process": "itself", "ServerApp": [SERVER],
     "SuperNode": ["bin/flower-supernode", f"/{VICTIM}/"], "SuperLink": ["bin/flower-superlink"],
 }  # fmt: skip
 END = "to the end"
@@ -232,7 +232,9 @@ class Struck:
         """Write the plan; processes that start from now on follow it."""
         at, mark = PHASES[place.phase], f"{MARK}={self.deployment.mark}"
         process = [at["of"], mark, *([f"/{VICTIM}/"] if at["of"] == CLIENT else [])]
-        told = at | {"call": call or at["call"], "process": process, "victim": [*VICTIMS[place.victim], mark]}
+        words = VICTIMS[place.victim]
+        victim = words if isinstance(words, str) else [*words, mark]
+        told = at | {"call": call or at["call"], "process": process, "victim": victim}
         self.plan.write_text(json.dumps(told))
 
     def submit(self, words: list[str]) -> None:

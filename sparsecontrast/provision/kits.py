@@ -110,7 +110,8 @@ def write_site(plan: Plan, site: PlannedSite, authority: Authority, kit: Path, k
     _write(kit, "settings.env", "settings.site", more)
     _write(kit, "environment.sh", "environment.sh", more | {"command": "flower-supernode"})
     _write(kit, "supernode.sh", "supernode.sh", more)
-    _write(kit, "bin/flwr-clientapp", "flwr-clientapp", more)
+    for program in ("flower-superexec", "flwr-clientapp"):
+        _write(kit, f"bin/{program}", program, more)
     _write(kit, "health.sh", "health.site", more)
     _write(kit, "site.yaml", "site.yaml", more | {"body": site_yaml(site).rstrip()})
     unit = {"what": f"site {site.name}", "script": "supernode.sh"}

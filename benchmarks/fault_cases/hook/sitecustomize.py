@@ -2,7 +2,8 @@
 
 ``FAULTS_PLAN`` names a JSON file: in which process (words of its command line or environment), at which
 function, entered or left the how-manieth time, counted from which other one on, who dies. The plan is done
-once, and then renamed to ``*.done``.
+once, and then renamed to ``*.done``. A client process that is forked (``client/executor.py``) looks for the
+plan when it comes to be.
 """
 
 import importlib.abc
@@ -42,12 +43,15 @@ class Patch(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             run(module)
-            *above, last = function.split(".")
-            owner = getattr(module, above[0]) if above else module
-            setattr(owner, last, around(getattr(owner, last)))
+            put(module, function, around)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+    def put_now(self) -> None:
+        """Change what has been imported already."""
+        for name in [name for name in self.places if name in sys.modules]:
+            put(sys.modules[name], *self.places.pop(name))
 
     def arming(self, real: Callable[..., Any]) -> Callable[..., Any]:
         """Count from the first call of this function on."""
@@ -83,8 +87,16 @@ class Patch(importlib.abc.MetaPathFinder):
             os.rename(self.path, self.path + ".done")
         except OSError:
             return
-        for pid in found(self.told["victim"]):
+        victims = [os.getpid()] if self.told["victim"] == "itself" else found(self.told["victim"])
+        for pid in victims:
             os.kill(pid, signal.SIGKILL)
+
+
+def put(module: Any, function: str, around: Callable[..., Any]) -> None:
+    """Replace a function, or ``Class.method``, of a module."""
+    *above, last = function.split(".")
+    owner = getattr(module, above[0]) if above else module
+    setattr(owner, last, around(getattr(owner, last)))
 
 
 def half(write: Callable[..., Any], file: Any, *rest: Any, **named: Any) -> int:
@@ -125,7 +137,18 @@ def install() -> None:
     except (OSError, ValueError):
         return
     if matches("self", told["process"]):
-        sys.meta_path.insert(0, Patch(told, path))
+        patch = Patch(told, path)
+        sys.meta_path.insert(0, patch)
+        patch.put_now()
 
 
-install()
+def forked() -> None:
+    """Put it in place in a client process, not in the one that it is forked from."""
+    if "client.sentinel" in sys.modules:
+        install()
+
+
+if matches("self", ["client.executor"]):
+    os.register_at_fork(after_in_child=forked)
+else:
+    install()

@@ -1,0 +1,187 @@
+"""Client processes forked from a warm one: each fresh, gone with the node, and cold where it is dead."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.superexec.executor import subprocess_executor
+from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
+
+from client import executor
+
+ROOT = Path(__file__).parents[1]
+# a client process that tells what it finds and counts in its own memory, forked by a node that reads commands
+NODE = """if True:
+    import json, os, signal, sys, time
+    from types import SimpleNamespace
+    from client import executor
+    import client
+    told = sys.argv[1]
+    seen = []
+    def main():
+        seen.append(1)
+        with open(told, "a") as file:
+            print(json.dumps({"argv": sys.argv, "pid": os.getpid(), "seen": len(seen), "parent": os.getppid(),
+                "comm": open("/proc/self/comm").read().strip(),
+                "int": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+                "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL}), file=file)
+        if sys.argv[1] == "sleep":
+            time.sleep(60)
+    sys.modules["client.sentinel"] = SimpleNamespace(main=main)
+    executor.warm = lambda: None
+    template = executor.Template()
+    print(template.pid, flush=True)
+    for line in sys.stdin:
+        print(template.start(json.loads(line)), flush=True)
+"""
+
+
+class Node:
+    """A process with a template, asked over a pipe."""
+
+    def __init__(self, folder):
+        self.told = folder / "told.jsonl"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NODE, str(self.told)], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        self.template = int(self.process.stdout.readline())
+
+    def start(self, *arguments):
+        print(json.dumps(arguments), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline().strip()
+        return None if line == "None" else int(line)
+
+    def tales(self, count):
+        until(lambda: self.told.exists() and len(self.told.read_text().splitlines()) == count)
+        return [json.loads(line) for line in self.told.read_text().splitlines()]
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            pipe.close()
+
+
+@pytest.fixture
+def node(tmp_path):
+    made = Node(tmp_path)
+    yield made
+    made.end()
+
+
+def until(true, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_every_client_process_is_as_fresh_as_the_first(node):
+    pids = [node.start("--token", f"t{number}") for number in range(3)]
+    tales = sorted(node.tales(3), key=lambda tale: tale["argv"])
+    assert [tale["argv"] for tale in tales] == [["flwr-clientapp", "--token", f"t{n}"] for n in range(3)]
+    assert [tale["pid"] for tale in tales] == pids and len(set(pids)) == 3
+    assert {tale["seen"] for tale in tales} == {1} and {tale["parent"] for tale in tales} == {node.template}
+    assert {tale["comm"] for tale in tales} == {"flwr-clientapp"}
+    assert all(tale["int"] and tale["child"] for tale in tales)
+    until(lambda: not any(map(alive, pids)))
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # nobody is left to be waited for
+
+
+def test_the_template_goes_when_its_node_is_killed(node):
+    assert alive(node.template)
+    node.process.send_signal(signal.SIGKILL)
+    until(lambda: not alive(node.template))
+
+
+def test_a_dead_template_takes_no_client_with_it_and_starts_no_other(node):
+    working = node.start("sleep")
+    node.tales(1)
+    os.kill(node.template, signal.SIGKILL)
+    until(lambda: not alive(node.template))
+    assert node.start("--token", "next") is None and node.start("--token", "again") is None
+    assert alive(working)
+    os.kill(working, signal.SIGKILL)
+    assert not Path(f"/proc/{node.template}").exists()  # reaped
+    node.process.stdin.close()
+    assert "started in the cold" in node.process.stderr.read()
+
+
+def spec(kind):
+    return ExecutionSpec(
+        task_type=kind, runtime_api_address="127.0.0.1:1", token="secret", insecure=True,
+        root_certificates_path=None, runtime_dependency_install=False, parent_pid=7, suppress_output=False,
+        task_id=1, fab_hash=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_flowers_own_executor_forks_clients_and_starts_all_else(living, monkeypatch):
+    forked, started = [], []
+    template = SimpleNamespace(start=lambda told: forked.append(told) or (5 if living else None))
+    cold = SimpleNamespace(Popen=lambda command, **_: started.append(command), DEVNULL=subprocess.DEVNULL)
+    monkeypatch.setattr(subprocess_executor, "subprocess", cold)
+    executor.start_with(template, subprocess_executor)
+    launcher = subprocess_executor.SubprocessExecutor()
+    for kind in (TaskType.CLIENT_APP, TaskType.SERVER_APP):
+        assert launcher.launch(spec(kind)).status == LaunchResultStatus.ACCEPTED
+    arguments = [
+        "--runtime-api-address",
+        "127.0.0.1:1",
+        "--token",
+        "secret",
+        "--insecure",
+        "--parent-pid",
+        "7",
+    ]
+    assert forked == [arguments]
+    assert [command[0] for command in started] == (
+        ["flwr-serverapp"] if living else ["flwr-clientapp", "flwr-serverapp"]
+    )
+
+
+WARM = """if True:
+    import json, os, sys, time
+    from pathlib import Path
+    from client import executor
+    executor.warm()
+    threads, before = len(os.listdir("/proc/self/task")), set(sys.modules)
+    from benchmarks import first_step
+    status = first_step.main(time.time(), *map(Path, sys.argv[1:]))["status"]
+    heavy = ("client", "sparsecontrast", "torch", "torchvision", "timm", "flwr", "hydra", "pandas")
+    spared = ("sparsecontrast.data.", "pandas.io.")  # each kind of data has readers of its own
+    late = [n for n in set(sys.modules) - before if n.split(".")[0] in heavy and not n.startswith(spared)]
+    print(json.dumps([threads, status, sorted(late)]))
+"""
+
+
+def test_a_warm_process_has_one_thread_and_leaves_nothing_to_import(tmp_path):
+    from benchmarks.deployment import order
+    from simulation.deploy import TINY, Deployment
+
+    deployment = Deployment(tmp_path / "d", ("north",), 4)
+    deployment.provision()
+    (tmp_path / "message").write_bytes(order("north", TINY))
+    site = deployment.kits.site("north") / "site.yaml"
+    command = [sys.executable, "-P", "-c", WARM, tmp_path / "message", site]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(2):  # the first time, the phantoms are made and cached
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    threads, status, late = json.loads(done.stdout.splitlines()[-1])
+    assert threads == 1 and status == "ok"
+    assert late == []
