@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsecontrast.errors import StorageError
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o666) -> None:
+def write_bytes(path: Path, data: bytes | bytearray, mode: int = 0o666) -> None:
     """Replace ``path`` by ``data``, or leave it as it was.
 
     Args:
