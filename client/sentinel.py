@@ -13,6 +13,7 @@ bundle is touched, it holds to what ``site.yaml`` says:
 What is here holds for Flower 1.41; ``tests/test_sentinel.py`` fails if Flower's process is built otherwise.
 """
 
+import functools
 import hashlib
 import importlib
 import os
@@ -97,6 +98,10 @@ def put_around(runtime: Any, site: SiteFile, folder: Path) -> None:
         return error(code, "see client.log at the site")
 
     runtime.Error = silent
+    # a process that starts fast asks for its message before the node has all of it, and would wait a second
+    runtime.pull_and_inflate_object_from_tree = functools.partial(
+        runtime.pull_and_inflate_object_from_tree, initial_backoff=0.1
+    )
 
 
 def digest(folder: Path) -> str:

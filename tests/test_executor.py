@@ -1,5 +1,6 @@
-"""Client processes forked from a warm one: each fresh, gone with the node, and cold where it is dead."""
+"""Client processes forked from a warm one: each fresh, gone with the node, cold where it is dead. And haste."""
 
+import inspect
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.superexec.executor import subprocess_executor
 from flwr.supercore.superexec.executor.types import ExecutionSpec, LaunchResultStatus
+from flwr.supernode import start_client_internal
 
-from client import executor
+from client import executor, node
 
 ROOT = Path(__file__).parents[1]
 # a client process that tells what it finds and counts in its own memory, forked by a node that reads commands
@@ -71,7 +73,7 @@ class Node:
 
 
 @pytest.fixture
-def node(tmp_path):
+def running(tmp_path):
     made = Node(tmp_path)
     yield made
     made.end()
@@ -91,35 +93,37 @@ def alive(pid):
         return False
 
 
-def test_every_client_process_is_as_fresh_as_the_first(node):
-    pids = [node.start("--token", f"t{number}") for number in range(3)]
-    tales = sorted(node.tales(3), key=lambda tale: tale["argv"])
+def test_every_client_process_is_as_fresh_as_the_first(running):
+    pids = [running.start("--token", f"t{number}") for number in range(3)]
+    tales = sorted(running.tales(3), key=lambda tale: tale["argv"])
     assert [tale["argv"] for tale in tales] == [["flwr-clientapp", "--token", f"t{n}"] for n in range(3)]
     assert [tale["pid"] for tale in tales] == pids and len(set(pids)) == 3
-    assert {tale["seen"] for tale in tales} == {1} and {tale["parent"] for tale in tales} == {node.template}
+    assert {tale["seen"] for tale in tales} == {1} and {tale["parent"] for tale in tales} == {
+        running.template
+    }
     assert {tale["comm"] for tale in tales} == {"flwr-clientapp"}
     assert all(tale["int"] and tale["child"] for tale in tales)
     until(lambda: not any(map(alive, pids)))
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # nobody is left to be waited for
 
 
-def test_the_template_goes_when_its_node_is_killed(node):
-    assert alive(node.template)
-    node.process.send_signal(signal.SIGKILL)
-    until(lambda: not alive(node.template))
+def test_the_template_goes_when_its_node_is_killed(running):
+    assert alive(running.template)
+    running.process.send_signal(signal.SIGKILL)
+    until(lambda: not alive(running.template))
 
 
-def test_a_dead_template_takes_no_client_with_it_and_starts_no_other(node):
-    working = node.start("sleep")
-    node.tales(1)
-    os.kill(node.template, signal.SIGKILL)
-    until(lambda: not alive(node.template))
-    assert node.start("--token", "next") is None and node.start("--token", "again") is None
+def test_a_dead_template_takes_no_client_with_it_and_starts_no_other(running):
+    working = running.start("sleep")
+    running.tales(1)
+    os.kill(running.template, signal.SIGKILL)
+    until(lambda: not alive(running.template))
+    assert running.start("--token", "next") is None and running.start("--token", "again") is None
     assert alive(working)
     os.kill(working, signal.SIGKILL)
-    assert not Path(f"/proc/{node.template}").exists()  # reaped
-    node.process.stdin.close()
-    assert "started in the cold" in node.process.stderr.read()
+    assert not Path(f"/proc/{running.template}").exists()  # reaped
+    running.process.stdin.close()
+    assert "started in the cold" in running.process.stderr.read()
 
 
 def spec(kind):
@@ -185,3 +189,20 @@ def test_a_warm_process_has_one_thread_and_leaves_nothing_to_import(tmp_path):
     threads, status, late = json.loads(done.stdout.splitlines()[-1])
     assert threads == 1 and status == "ok"
     assert late == []
+
+
+def test_flowers_supernode_sleeps_by_the_name_that_is_replaced(monkeypatch):
+    """It asks the module's own ``time`` to wait for a reply, and three seconds where there is no work."""
+    slept, answers = [], iter([[]])
+    monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)  # undone at the end
+    monkeypatch.setattr(node.time, "sleep", slept.append)
+    node.hurry(start_client_internal)
+    with pytest.raises(StopIteration):
+        start_client_internal._push_messages(
+            state=SimpleNamespace(get_messages_legacy=lambda **_: next(answers)),
+            object_store=None, send=None, push_object=None,
+        )  # fmt: skip
+    start_client_internal.time.sleep(3)
+    assert slept == [0.5, node.POLL_SECONDS]
+    assert "time.sleep(3)" in inspect.getsource(start_client_internal.start_client_internal)
+    assert start_client_internal.time.monotonic is time.monotonic

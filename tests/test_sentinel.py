@@ -68,7 +68,8 @@ def test_a_bundle_that_the_site_names_brings_its_own_code(tmp_path):
         from sparsecontrast.site_file import parse_site_file
         digest = hashlib.sha256(b"bundle").hexdigest()
         site = parse_site_file(Path("site.yaml"), f"name: x\\nstate_dir: /nowhere\\napp: [{digest}]")
-        around = SimpleNamespace(install_from_fab=lambda b: sorted(sys.modules), Error=None)
+        around = SimpleNamespace(install_from_fab=lambda b: sorted(sys.modules), Error=None,
+            pull_and_inflate_object_from_tree=len)
         sentinel.put_around(around, site, Path(sys.argv[1]))
         left = around.install_from_fab(b"bundle")
         print([name for name in left if name.split(".")[0] in ("client", "sparsecontrast")])

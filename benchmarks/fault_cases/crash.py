@@ -61,7 +61,7 @@ PHASES = {
 }
 VICTIMS = {
     "client process": "itself", "ServerApp": [SERVER],
-    "SuperNode": ["bin/flower-supernode", f"/{VICTIM}/"], "SuperLink": ["bin/flower-superlink"],
+    "SuperNode": ["client.node", f"/{VICTIM}/"], "SuperLink": ["bin/flower-superlink"],
 }  # fmt: skip
 END = "to the end"
 
