@@ -1,4 +1,4 @@
-"""Client processes forked from a warm one: each fresh, gone with the node, cold where it is dead. And haste."""
+"""Client processes forked from a warm one: each fresh, gone with the node, cold where it is dead; haste."""
 
 import inspect
 import json
