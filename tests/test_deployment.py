@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,13 @@ from tests.fronts import write_pem
 
 pytestmark = pytest.mark.e2e
 RUNNING = ("north", "south", "west")
+
+
+def until(true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +128,22 @@ def test_strangers_are_refused_each_for_its_own_reason(federation):
         codes = {kind: strangers.refused(kind) for kind in KINDS}
     assert [kind for kind, code in codes.items() if code == LET_IN] == [IN_ORDER]
     assert len(codes) == 7
+
+
+def of_site(federation, name):
+    """Process ids of a site: its node, what starts its clients, and the process they are forked from."""
+    told = f"SPARSECONTRAST_SITE={federation.kits.site(name) / 'site.yaml'}".encode()
+    return [pid for pid in federation.processes() if told in Path(f"/proc/{pid}/environ").read_bytes()]
+
+
+def test_a_killed_node_leaves_no_process_behind(federation):
+    node = federation.start_node("east")
+    federation.await_node("east")
+    until(lambda: len(of_site(federation, "east")) == 3)
+    node.kill()
+    node.wait()
+    until(lambda: not of_site(federation, "east"))
+    del federation.started["east"]
 
 
 def test_a_revoked_site_is_turned_away_at_once_and_for_good(federation):
