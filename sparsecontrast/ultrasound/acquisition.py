@@ -1,15 +1,17 @@
 """Files of one acquisition: sub-aperture images, or channel data with the geometry that beamforming needs."""
 
+import io
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import DataError, MissingDataError
 
 HDF5 = (".h5", ".hdf5", ".uff")
@@ -107,6 +109,20 @@ def read_acquisition(path: str | Path) -> Acquisition:
     raise DataError(
         f"{path}: holds {sorted(arrays) or 'nothing'}; need images [M, H, W], or iq [M, nel, T] and meta"
     )
+
+
+def write_channels(path: str | Path, channels: NDArray, geometry: Geometry) -> None:
+    """Write channel data [M, nel, T] as an ``.npz`` that ``read_acquisition`` reads.
+
+    Raises:
+        StorageError: as in ``write_bytes``.
+    """
+    meta: dict[str, Any] = asdict(geometry)
+    if (inclusion := meta.pop("inclusion")) is not None:
+        meta |= dict(zip(("cx", "cz", "r"), inclusion, strict=True))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, iq=channels.astype(np.complex64), meta=json.dumps(meta))
+    write_bytes(Path(path), buffer.getvalue())
 
 
 def _read_npz(path: Path) -> dict[str, NDArray]:

@@ -1,16 +1,19 @@
 """A linear simulator of point scatterers, for experiments and tests: no attenuation, no directivity.
 
 The echo of a scatterer is a Gaussian pulse at the time of its path, demodulated at ``fc``. It is exact for
-what it models, so a beamformer can be held to it; for realistic echoes run PyMUST and store its IQ data as
-``.npz``.
+what it models, so a beamformer can be held to it; ``pymust_echoes.py`` gives more realistic echoes.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsecontrast.ultrasound.acquisition import Geometry
+
+Simulator = Callable[[NDArray, NDArray, Geometry, int], NDArray[np.complex64]]
+"""Points, amplitudes, geometry and samples of a record to channel data, as ``echoes``."""
 
 BANDWIDTH = 0.6  # of fc, full width at half of the maximum amplitude
 SMALL = Geometry(
@@ -44,7 +47,11 @@ def echoes(points: NDArray, amplitudes: NDArray, geometry: Geometry, samples: in
 
 
 def inclusion_phantom(
-    geometry: Geometry, contrast_db: float, generator: np.random.Generator, count: int = 1500
+    geometry: Geometry,
+    contrast_db: float,
+    generator: np.random.Generator,
+    count: int = 1500,
+    simulator: Simulator | None = None,
 ) -> tuple[NDArray[np.complex64], Geometry]:
     """Draw scatterers around and in a round inclusion in the middle of the field.
 
@@ -53,6 +60,7 @@ def inclusion_phantom(
         contrast_db: of the inclusion against the background; -inf for a cyst without echoes.
         generator: of positions and amplitudes.
         count: of scatterers; about ten a resolution cell give fully developed speckle.
+        simulator: of their echoes; ``echoes`` by default, or ``pymust_echoes``.
 
     Returns:
         Channel data without noise, and the geometry with the inclusion in it.
@@ -64,7 +72,9 @@ def inclusion_phantom(
     inside = np.hypot(points[:, 0] - inclusion[0], points[:, 1] - inclusion[1]) < inclusion[2]
     amplitudes[inside] *= 10 ** (contrast_db / 20)
     samples = int(np.ceil(1.3 * 2 * np.hypot(z1, x1 - x0) / geometry.c * geometry.fs))
-    return echoes(points, amplitudes, geometry, samples), replace(geometry, inclusion=inclusion)
+    return (simulator or echoes)(points, amplitudes, geometry, samples), replace(
+        geometry, inclusion=inclusion
+    )
 
 
 def add_noise(channels: NDArray, snr_db: float, generator: np.random.Generator) -> NDArray[np.complex64]:
