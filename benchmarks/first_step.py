@@ -25,6 +25,7 @@ SPARED = (
 def main(began: float, message: Path, site: Path) -> dict[str, Any]:
     """Answer; returns seconds since ``began`` (of ``time.time``) and what was imported for it."""
     told: dict[str, Any] = {}
+    known = set(sys.modules)
     importlib.import_module("client.sentinel")
     importlib.import_module("flwr.supernode.runtime.run_clientapp")
     importlib.import_module("flwr.supernode.cli.flwr_clientapp")
@@ -48,29 +49,37 @@ def main(began: float, message: Path, site: Path) -> dict[str, Any]:
     told["cpu_s"] = time.process_time()
     told["answer_s"] = time.time() - began
     told["status"] = answer.content.config_records["status"]["status"]
-    told["modules"] = len(sys.modules)
+    told["modules"], told["imported"] = len(sys.modules), len(set(sys.modules) - known)
+    told["private_mib"] = _mib("/proc/self/smaps_rollup", "Private_Dirty")
     told["not_spared"] = " ".join(name for name in SPARED if name in sys.modules)
     return told
 
 
-def forked(message: Path, site: Path) -> None:
-    """Answer in a process that is forked from a warm one."""
+def forked(message: Path, site: Path) -> int:
+    """Answer in a process that is forked from a warm one; returns its exit status."""
     from client import executor
 
     executor.warm()
+    held = _mib("/proc/self/smaps_rollup", "Private_Dirty")
     began = time.time()
-    if os.fork() == 0:
-        before = time.process_time()
-        told = main(began, message, site)
-        print(json.dumps({**told, "cpu_s": told["cpu_s"] - before}), flush=True)
-    else:
-        os.wait()
+    if os.fork():
+        return os.waitstatus_to_exitcode(os.wait()[1])
+    before = time.process_time()
+    told = main(began, message, site)
+    print(json.dumps({**told, "cpu_s": told["cpu_s"] - before, "template_mib": held}), flush=True)
+    return 0
+
+
+def _mib(path: str, key: str) -> float:
+    """A line of a file of /proc, in MiB."""
+    lines = dict(line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
+    return round(int(lines[key].split()[0]) / 1024, 1)
 
 
 if __name__ == "__main__":
     how, started, *files = sys.argv[1:]
     asked_in, site_file = map(Path, files)
     if how == "warm":
-        forked(asked_in, site_file)
+        sys.exit(forked(asked_in, site_file))
     else:
         print(json.dumps(main(float(started), asked_in, site_file)))

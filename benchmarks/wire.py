@@ -8,6 +8,7 @@ seeds together. Runs are kept under ``--out`` and continued when the command is 
 """
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -64,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def federate(out: Path, wire: str, seed: int, more: Sequence[str]) -> Run:
     """Run one federation to its scores, or find it done."""
-    folder = out / f"{wire.replace(', ', '-')}-{seed}"
+    words = [*COMMON, *WIRES[wire], *more, f"seed={seed}"]
+    # of other words is another run, --quick among them
+    folder = out / f"{wire.replace(', ', '-')}-{seed}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
     if read_evaluation(folder) is None:
-        words = [*COMMON, *WIRES[wire], *more, f"seed={seed}", assign("data.cache_dir", out / "cache")]
+        words += [assign("data.cache_dir", out / "cache")]
         begun = (folder / CONFIG).exists()
         told = [assign("resume", folder)] if begun else [*words, assign("output_dir", folder)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}

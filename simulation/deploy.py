@@ -58,6 +58,7 @@ class Deployment:
         self.kits = Folders(self.folder / "federation")
         self.mark = secrets.token_hex(16)
         self.started: dict[str, subprocess.Popen[bytes]] = {}
+        self.sessions: set[int] = set()  # of all that were ever started
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("FLWR_", "RAY_", "SPARSECONTRAST_"))},
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
@@ -132,6 +133,7 @@ class Deployment:
                 ["sh", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=self.environment, start_new_session=True,
             )  # fmt: skip
+        self.sessions.add(self.started[name].pid)
         return self.started[name]
 
     def await_health(self, name: str, ask: Any) -> None:
@@ -205,15 +207,18 @@ class Deployment:
             process.wait()
 
     def processes(self) -> list[int]:
-        """Everything that runs with this deployment's mark in its environment."""
+        """Everything that was started by a process of this deployment, or has its mark in the environment.
+
+        Neither is enough: Flower hides the environment of its SuperExec, and a process may leave its session.
+        """
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if ours:
-                found.append(int(folder.name))
+            with contextlib.suppress(OSError):
+                # pid (name) state parent group session; the name may hold anything
+                state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+                ours = int(session) in self.sessions or marked(folder, f"{MARK}={self.mark}")
+                if ours and state != "Z":
+                    found.append(int(folder.name))
         return found
 
     def log(self, name: str) -> Path:
@@ -223,6 +228,14 @@ class Deployment:
     def end(self, name: str) -> str:
         """The last lines of a process."""
         return "\n".join(self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
+
+
+def marked(process: Path, word: str) -> bool:
+    """Whether the environment of a process, a folder of ``/proc``, holds a word; no where it is hidden."""
+    try:
+        return word.encode() in (process / "environ").read_bytes()
+    except OSError:
+        return False
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,9 +1,12 @@
 """A real federation of generated kits on loopback: a run, and who is turned away from it."""
 
 import contextlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -130,20 +133,58 @@ def test_strangers_are_refused_each_for_its_own_reason(federation):
     assert len(codes) == 7
 
 
-def of_site(federation, name):
-    """Process ids of a site: its node, what starts its clients, and the process they are forked from."""
-    told = f"SPARSECONTRAST_SITE={federation.kits.site(name) / 'site.yaml'}".encode()
-    return [pid for pid in federation.processes() if told in Path(f"/proc/{pid}/environ").read_bytes()]
+def below(federation, pid):
+    """Process ids of a process and of all that it started."""
+    found = [pid]
+    for one in found:
+        for child in federation.processes():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1] == str(one):
+                    found.append(child)
+    return found
 
 
-def test_a_killed_node_leaves_no_process_behind(federation):
+def pause(pids):
+    """Pause processes; whether there were any."""
+    paused = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            paused.append(pid)
+    return paused
+
+
+def names(pids):
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/comm").read_text().strip())
+    return found
+
+
+def test_a_node_forks_its_clients_and_leaves_no_process_when_it_is_killed(federation):
+    """It is killed with a client at work, which is paused meanwhile: there is one to be left behind."""
     node = federation.start_node("east")
     federation.await_node("east")
-    until(lambda: len(of_site(federation, "east")) == 3)
+    until(lambda: LET_IN in said(federation, "east") and len(below(federation, node.pid)) == 3)
+    _, executor, template = below(federation, node.pid)
+    words = [*MODEL, "federation.sites=4", "federation.min_sites=2", "federation.rounds=1"]
+    asking = threading.Thread(
+        target=federation.run, args=([*words, f"output_dir='{federation.folder / 'killed'}'"],)
+    )
+    asking.start()
+    until(lambda: pause(below(federation, template)[1:]))
+    family = below(federation, node.pid)
+    assert {executor, template} < set(family) and names(family)[-1] == "flwr-clientapp"
     node.kill()
     node.wait()
-    until(lambda: not of_site(federation, "east"))
+    for pid in family[3:]:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: not set(family) & set(federation.processes()))
     del federation.started["east"]
+    asking.join()
+    for name in RUNNING:
+        assert "started in the cold" not in said(federation, name)
 
 
 def test_a_revoked_site_is_turned_away_at_once_and_for_good(federation):

@@ -21,23 +21,32 @@ from client import executor, node
 ROOT = Path(__file__).parents[1]
 # a client process that tells what it finds and counts in its own memory, forked by a node that reads commands
 NODE = """if True:
-    import json, os, signal, sys, time
+    import ctypes, json, os, signal, sys, time
+    from pathlib import Path
     from types import SimpleNamespace
     from client import executor
-    import client
-    told = sys.argv[1]
+    told, folder = sys.argv[1], Path(sys.argv[1]).parent
     seen = []
     def main():
+        import numpy
         seen.append(1)
         with open(told, "a") as file:
             print(json.dumps({"argv": sys.argv, "pid": os.getpid(), "seen": len(seen), "parent": os.getppid(),
-                "comm": open("/proc/self/comm").read().strip(),
+                "comm": open("/proc/self/comm").read().strip(), "drawn": numpy.random.rand(),
                 "int": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
-                "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL}), file=file)
+                "child": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+                "main": sys.modules["__main__"] is sys.modules["client.sentinel"],
+                "dumpable": ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), "nvml": executor.NVML in os.environ,
+                }), file=file)
         if sys.argv[1] == "sleep":
             time.sleep(60)
+    def warm():
+        import numpy.random
+        while (folder / "slow").exists():
+            time.sleep(0.02)
     sys.modules["client.sentinel"] = SimpleNamespace(main=main)
-    executor.warm = lambda: None
+    executor.warm, executor.ANSWER_SECONDS = warm, 2.0
+    executor.installed = lambda: (folder / "code").exists()
     template = executor.Template()
     print(template.pid, flush=True)
     for line in sys.stdin:
@@ -61,9 +70,19 @@ class Node:
         line = self.process.stdout.readline().strip()
         return None if line == "None" else int(line)
 
+    def first(self, *arguments):
+        """Start a client as soon as the template is ready."""
+        started = []
+        until(lambda: started.append(self.start(*arguments)) or started[-1])
+        return started[-1]
+
     def tales(self, count):
         until(lambda: self.told.exists() and len(self.told.read_text().splitlines()) == count)
         return [json.loads(line) for line in self.told.read_text().splitlines()]
+
+    def said(self):
+        self.process.stdin.close()
+        return self.process.stderr.read()
 
     def end(self):
         self.process.kill()
@@ -94,17 +113,29 @@ def alive(pid):
 
 
 def test_every_client_process_is_as_fresh_as_the_first(running):
-    pids = [running.start("--token", f"t{number}") for number in range(3)]
+    pids = [running.first("--token", "t0"), *(running.start("--token", f"t{n}") for n in (1, 2))]
     tales = sorted(running.tales(3), key=lambda tale: tale["argv"])
     assert [tale["argv"] for tale in tales] == [["flwr-clientapp", "--token", f"t{n}"] for n in range(3)]
     assert [tale["pid"] for tale in tales] == pids and len(set(pids)) == 3
     assert {tale["seen"] for tale in tales} == {1} and {tale["parent"] for tale in tales} == {
         running.template
     }
+    assert len({tale["drawn"] for tale in tales}) == 3  # NumPy's global state is nobody else's
     assert {tale["comm"] for tale in tales} == {"flwr-clientapp"}
-    assert all(tale["int"] and tale["child"] for tale in tales)
+    assert all(tale["int"] and tale["child"] and tale["main"] for tale in tales)
+    assert not any(tale["nvml"] or tale["dumpable"] for tale in tales)
     until(lambda: not any(map(alive, pids)))
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)  # nobody is left to be waited for
+
+
+def test_until_the_template_is_ready_clients_start_in_the_cold(tmp_path):
+    (tmp_path / "slow").touch()
+    node = Node(tmp_path)
+    assert node.start("--token", "early") is None
+    (tmp_path / "slow").unlink()
+    assert node.first("--token", "late") and node.tales(1)[0]["argv"][-1] == "late"
+    assert "cold" not in node.said()
+    node.end()
 
 
 def test_the_template_goes_when_its_node_is_killed(running):
@@ -114,7 +145,7 @@ def test_the_template_goes_when_its_node_is_killed(running):
 
 
 def test_a_dead_template_takes_no_client_with_it_and_starts_no_other(running):
-    working = running.start("sleep")
+    working = running.first("sleep")
     running.tales(1)
     os.kill(running.template, signal.SIGKILL)
     until(lambda: not alive(running.template))
@@ -122,8 +153,55 @@ def test_a_dead_template_takes_no_client_with_it_and_starts_no_other(running):
     assert alive(working)
     os.kill(working, signal.SIGKILL)
     assert not Path(f"/proc/{running.template}").exists()  # reaped
-    running.process.stdin.close()
-    assert "started in the cold" in running.process.stderr.read()
+    assert running.said().count("in the cold from now on: the process to fork from has ended") == 1
+
+
+def test_a_template_that_does_not_answer_is_ended(running):
+    running.first("--token", "first")
+    os.kill(running.template, signal.SIGSTOP)
+    assert running.start("--token", "next") is None
+    assert not Path(f"/proc/{running.template}").exists()
+    assert "does not answer" in running.said() and len(running.tales(1)) == 1
+
+
+def test_code_that_was_installed_anew_is_what_runs(running, tmp_path):
+    running.first("--token", "first")
+    (tmp_path / "code").touch()
+    assert running.start("--token", "next") is None
+    assert not Path(f"/proc/{running.template}").exists()
+    assert "the installed code has changed; restart the node" in running.said()
+
+
+def test_an_upgrade_of_a_package_or_of_a_file_of_ours_is_seen(tmp_path, monkeypatch):
+    for name in ("client", "sparsecontrast", "flwr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    told = SimpleNamespace(find_spec=lambda n: SimpleNamespace(origin=str(tmp_path / n / "__init__.py")))
+    monkeypatch.setattr(executor.importlib, "util", told)
+    first = executor.installed()
+    assert executor.installed() == first
+    (tmp_path / "client" / "app.py").write_text("new")
+    second = executor.installed()
+    assert second != first
+    (tmp_path / "torch-9.dist-info").mkdir()
+    assert executor.installed() != second
+
+
+@pytest.mark.parametrize("told", ["no", "yes"])
+def test_a_site_that_wants_no_template_has_none(told, monkeypatch):
+    done = []
+    monkeypatch.setenv(executor.VARIABLE, told)
+    monkeypatch.setattr(executor, "Template", lambda: done.append("template"))
+    monkeypatch.setattr(executor, "start_with", lambda *_: done.append("put in"))
+    program = SimpleNamespace(flower_superexec=lambda: done.append("flower"))
+    monkeypatch.setattr(executor.importlib, "import_module", lambda _: program)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        executor.main()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == (["flower"] if told == "no" else ["template", "put in", "flower"])
 
 
 def spec(kind):

@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks.fault_cases.case import Case, Found, expect
 from benchmarks.fault_cases.hook.sitecustomize import found
+from benchmarks.fault_cases.transport import LET_IN
 from simulation.deploy import MARK, NAME, ROOT, TINY, Deployment
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.egress import EgressLog
@@ -38,7 +39,6 @@ RUN = (
     "federation.connect_timeout=300",
 )  # fmt: skip
 SERVER, CLIENT = "flwr-serverapp", "client.executor"
-NODE_SECONDS = 10.0  # until a SuperNode that is turned away has ended
 PATIENCE = 420.0  # seconds for anything that takes one, on a machine that others use too
 SUFFIXES = (".safetensors", ".strategy.safetensors")
 
@@ -262,8 +262,12 @@ class Struck:
         d = self.deployment
         if d.started[name].poll() is None:
             return True
-        d.start_node(name)
-        time.sleep(NODE_SECONDS)
+        before = d.log(name).stat().st_size
+        node = d.start_node(name)
+        self.until(
+            lambda: node.poll() is not None or LET_IN in d.log(name).read_text(errors="replace")[before:],
+            f"the SuperNode of {name} is neither let in nor turned away",
+        )
         return False  # whether it is alive is asked again
 
     def await_end(self) -> None:

@@ -13,7 +13,7 @@ from sparsecontrast.doctor.finding import Finding
 PYTHON = (3, 11)
 GIB = 2**30
 DISK = (2 * GIB, 10 * GIB)  # below: FAIL, warn. Local states, the pixel cache, Flower's copies of messages
-MEMORY = (1.5 * GIB, 4 * GIB)  # a ViT-tiny's client takes 0.7 (0.5 shared with the warm one), a SuperNode 0.2
+MEMORY = (1.5 * GIB, 4 * GIB)  # a ViT-tiny's client takes 0.7, what it is forked from 0.5, a SuperNode 0.2
 PROGRAMS = ("flower-supernode", "flower-superexec", "flwr-clientapp")
 MEMINFO = Path("/proc/meminfo")
 
