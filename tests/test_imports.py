@@ -33,7 +33,6 @@ DOORS = {
     "onnxscript": ("sparsecontrast/export_onnx.py",),
     "pydicom": ("sparsecontrast/data/images.py", "sparsecontrast/data/index.py"),
     "h5py": ("sparsecontrast/ultrasound/acquisition.py",),
-    "pymust": ("sparsecontrast/ultrasound/pymust_echoes.py",),
     "skimage": ("benchmarks/denoisers.py",),
     "bm3d": ("benchmarks/denoisers.py",),
     "hydra": ("sparsecontrast/config.py",),

@@ -5,7 +5,9 @@ package: ``pip install 'sparsecontrast[ultrasound]'``. What comes back has the f
 it can be beamformed, mixed with noise and stored (``acquisition.write_channels``) in the same ways.
 """
 
+import importlib
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +39,7 @@ def pymust_echoes(
         ConfigError: PyMUST is not installed.
     """
     try:
-        import pymust  # type: ignore[import-not-found]
+        pymust: Any = importlib.import_module("pymust")
     except ImportError as error:
         raise ConfigError("PyMUST is not installed: pip install 'sparsecontrast[ultrasound]'") from error
     points, amplitudes = np.atleast_2d(points), np.atleast_1d(amplitudes)
@@ -51,7 +53,7 @@ def pymust_echoes(
         param.radius, param.bandwidth, param.baffle = math.inf, BANDWIDTH, "soft"
         delays = np.full((1, geometry.nel), np.nan)  # not a number: the element is silent
         delays[0, element] = 0.0
-        rf, _ = pymust.simus(points[:, 0], points[:, 1], amplitudes, delays, param)
+        rf = pymust.simus(points[:, 0], points[:, 1], amplitudes, delays, param)[0]
         # its inverse transform divides by the number of frequencies, which grows with the deepest point
         rf = rf * (2 * len(rf) * param.fc / param.fs)
         iq = pymust.rf2iq(rf, param)[::step][:samples]
