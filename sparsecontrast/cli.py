@@ -117,7 +117,10 @@ def _export(options: argparse.Namespace) -> None:
 def _denoise(options: argparse.Namespace) -> None:
     from sparsecontrast.denoising import denoise_file
 
-    metrics = denoise_file(options.file, options.out, options.overrides)
+    like = Path(options.dicom) if options.dicom else None
+    metrics = denoise_file(
+        options.file, options.out, options.overrides, dicom=options.dicom is not None, like=like
+    )
     head = ["image", "gCNR", "CNR", "speckle SNR", "contrast, dB"]
     keys = ("gcnr", "cnr", "speckle_snr", "contrast_db")
     if metrics["regions"]:
@@ -222,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     denoising.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for images and report.html"
     )
+    text = "write denoised.dcm too, for the patient and study of LIKE.dcm, or nobody's"
+    denoising.add_argument("--dicom", nargs="?", const="", metavar="LIKE.dcm", help=text)
 
     text = "tell what privacy was spent, and plan what may be"
     site_commands.budget_options(_command(commands, "budget", site_commands.budget, text))

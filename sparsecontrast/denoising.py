@@ -25,6 +25,7 @@ from sparsecontrast.structure import build
 from sparsecontrast.ultrasound.acquisition import Acquisition, Geometry, read_acquisition
 from sparsecontrast.ultrasound.beamform import sub_apertures
 from sparsecontrast.ultrasound.metrics import bias_db, cnr, gcnr, regions, speckle_snr
+from sparsecontrast.ultrasound.us_dicom import write_us_dicom
 
 TEMPLATE = "denoise_report.html.j2"
 SHOWN_DB = 55.0  # dynamic range of pictures
@@ -42,8 +43,9 @@ class _Field:
 
 
 def denoise_file(
-    path: str | Path, out: Path, overrides: Sequence[str] = (), tell: Callable[[int, int], None] | None = None
-) -> dict[str, Any]:
+    path: str | Path, out: Path, overrides: Sequence[str] = (),
+    tell: Callable[[int, int], None] | None = None, dicom: bool = False, like: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Denoise the acquisition of a file and write what came of it.
 
     Args:
@@ -51,6 +53,8 @@ def denoise_file(
         out: folder for the four files; made if need be.
         overrides: of ``configs/method/a2a.yaml``, such as ``method.steps=100 seed=1``.
         tell: progress, as ``denoise`` calls it.
+        dicom: write ``denoised.dcm`` as well.
+        like: a DICOM file of the study that it belongs to; see ``write_us_dicom``.
 
     Returns:
         What stands in ``metrics.json``.
@@ -74,7 +78,10 @@ def denoise_file(
         "regions": region_metrics(found, acquisition.geometry, x, z),
     }  # fmt: skip
     write_bytes(out / "denoised.npz", _archive(found, x, z))
-    write_bytes(out / "denoised.png", _png(_picture(found.image, _top(found))))
+    picture = _picture(found.image, _top(found))
+    write_bytes(out / "denoised.png", _png(picture))
+    if dicom:
+        write_us_dicom(out / "denoised.dcm", picture, x, z, like)
     write_bytes(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     write_bytes(
         out / "report.html", _page(Path(path).name, found, field, metrics, acquisition, config).encode()

@@ -31,7 +31,11 @@ DOORS = {
     "onnx": ("sparsecontrast/export_onnx.py",),
     "onnxruntime": ("sparsecontrast/export_onnx.py",),
     "onnxscript": ("sparsecontrast/export_onnx.py",),
-    "pydicom": ("sparsecontrast/data/images.py", "sparsecontrast/data/index.py"),
+    "pydicom": (
+        "sparsecontrast/data/images.py",
+        "sparsecontrast/data/index.py",
+        "sparsecontrast/ultrasound/us_dicom.py",
+    ),  # fmt: skip
     "h5py": ("sparsecontrast/ultrasound/acquisition.py",),
     "skimage": ("benchmarks/denoisers.py",),
     "bm3d": ("benchmarks/denoisers.py",),
