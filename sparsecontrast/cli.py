@@ -202,31 +202,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _run_folder(_command(commands, "report", _report, "write report.html of a run"))
 
-    export = _command(commands, "export", _export, "write a run's backbone for timm and onnxruntime, checked")
-    export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output_dir of a run")
-    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or empty")
-    export.add_argument(
-        "--keep",
-        type=_share,
-        default=None,
-        metavar="dense|sparse|NUMBER",
-        help="share of the tokens (CNN: of the tiles) in the sparse graph; default sparse, as the run has it "
-        "where its method chooses regions",
-    )
-    export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
-    export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")
+    text = "write a run's backbone for timm and onnxruntime, checked"
+    _export_options(_command(commands, "export", _export, text))
 
     text = "tell cells apart from a few of their pixels: train, and judge"
     classify_commands.classify_options(_command(commands, "classify", None, text))
 
-    denoising = _command(commands, "denoise", _denoise, "denoise one ultrasound acquisition, by itself alone")
-    denoising.add_argument("file", type=Path, metavar="FILE.npz", help="sub-aperture images or channel data")
-    denoising.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of configs/method/a2a.yaml")
-    denoising.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for images and report.html"
-    )
-    text = "write denoised.dcm too, for the patient and study of LIKE.dcm, or nobody's"
-    denoising.add_argument("--dicom", nargs="?", const="", metavar="LIKE.dcm", help=text)
+    text = "denoise one ultrasound acquisition, by itself alone"
+    _denoise_options(_command(commands, "denoise", _denoise, text))
 
     text = "tell what privacy was spent, and plan what may be"
     site_commands.budget_options(_command(commands, "budget", site_commands.budget, text))
@@ -242,6 +225,31 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in (("sites", 5), ("patients", 8), ("size", 224), ("seed", 0)):
         phantom.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     return parser
+
+
+def _export_options(export: argparse.ArgumentParser) -> None:
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the output_dir of a run")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or empty")
+    export.add_argument(
+        "--keep",
+        type=_share,
+        default=None,
+        metavar="dense|sparse|NUMBER",
+        help="share of the tokens (CNN: of the tiles) in the sparse graph; default sparse, as the run has it "
+        "where its method chooses regions",
+    )
+    export.add_argument("--format", default="timm,onnx", metavar="timm,onnx", help="default both")
+    export.add_argument("--int8", action="store_true", help="quantised ONNX graphs besides")
+
+
+def _denoise_options(denoising: argparse.ArgumentParser) -> None:
+    denoising.add_argument("file", type=Path, metavar="FILE.npz", help="sub-aperture images or channel data")
+    denoising.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of configs/method/a2a.yaml")
+    denoising.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for images and report.html"
+    )
+    text = "write denoised.dcm too, for the patient and study of LIKE.dcm, or nobody's"
+    denoising.add_argument("--dicom", nargs="?", const="", metavar="LIKE.dcm", help=text)
 
 
 def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
