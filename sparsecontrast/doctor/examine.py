@@ -8,6 +8,7 @@ from sparsecontrast.config import anchored, check, compose
 from sparsecontrast.doctor import images, machine, server, state
 from sparsecontrast.doctor.finding import Check, Finding, guarded
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.overrides import without
 from sparsecontrast.settings import Config, SiteConfig
 from sparsecontrast.site_file import SiteFile, read_site_file
 
@@ -44,7 +45,9 @@ def _read(path: Path) -> tuple[SiteFile, Config, Path]:
     told = read_site_file(path)
     state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
-        compose(told.overrides), site=SiteConfig(told.name, str(state_dir)), output_dir=str(state_dir)
+        compose(without(told.overrides, ["cells"])),
+        site=SiteConfig(told.name, str(state_dir)),
+        output_dir=str(state_dir),
     )
     check(config)
     return told, config, state_dir
