@@ -81,7 +81,7 @@ def load_cells(config: CellsConfig, image_size: int, classes: Sequence[str] | No
         EmptySiteError: fewer than two classes are left.
         ConfigError: a class that was asked for is not there, or a pattern that is none.
     """
-    root, table = _table(config)
+    root, table = find_pictures(config)
     table, left_out = _common(table, config) if classes is None else _of(table, classes)
     images, kept = [], []
     for row in table.itertuples():
@@ -112,7 +112,7 @@ def lab_names(config: CellsConfig) -> list[str]:
     Raises:
         DataError: as ``load_cells``.
     """
-    _, table = _table(config)
+    _, table = find_pictures(config)
     if config.classes:
         table = table[table["label"].isin(config.classes)]
     known = sorted(table["lab"].astype(str).unique())
@@ -191,8 +191,13 @@ def _strata(cells: Cells) -> dict[tuple[str, int], list[str]]:
     return found
 
 
-def _table(config: CellsConfig) -> tuple[Path, pd.DataFrame]:
-    """Find the pictures: their folder, and path, label, lab and group of each."""
+def find_pictures(config: CellsConfig) -> tuple[Path, pd.DataFrame]:
+    """Find the pictures, and open none: their folder, and a table of path, label, lab and group.
+
+    Raises:
+        MissingDataError: no root, or no such folder or table.
+        IndexSchemaError: a column that is not there.
+    """
     if config.root is None:
         raise MissingDataError("cells.root: not set; give the folder of the pictures, cells.root=FOLDER")
     root = anchored(config.root)

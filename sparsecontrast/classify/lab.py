@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsecontrast.classify.augment import augment, normalise
 from sparsecontrast.classify.cells import class_weights
@@ -130,10 +130,6 @@ class LabTrainer:
         return {"loss": loss} | {name: found[name] for name in TELLS}
 
     def _identity(self, batches: list[Tensor], number: int, rounds: int, mu: float) -> str:
-        c, module = self.config, self.network
+        c = self.config
         words = (c.seed, c.train, c.method, c.classes, self.lab, number, rounds, mu)
-        return identity_of(words, [[chosen.numpy()] for chosen in batches], _weights(module))
-
-
-def _weights(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.state_dict())
+        return identity_of(words, [[chosen.numpy()] for chosen in batches], self.network.state_dict())

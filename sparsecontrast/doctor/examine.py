@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sparsecontrast.config import anchored, check, compose
-from sparsecontrast.doctor import images, machine, server, state
+from sparsecontrast.doctor import images, machine, pictures, server, state
 from sparsecontrast.doctor.finding import Check, Finding, guarded
 from sparsecontrast.errors import ConfigError
-from sparsecontrast.overrides import without
+from sparsecontrast.overrides import key_of, without
 from sparsecontrast.settings import Config, SiteConfig
 from sparsecontrast.site_file import SiteFile, read_site_file
 
@@ -31,9 +31,13 @@ def examine(site_yaml: Path) -> Iterator[Finding]:
         yield Finding("FAIL", "site", " ".join(str(error).split()), "mend site.yaml, then come back")
         return
     yield Finding("ok", "site", f"{told.name}: privacy {config.privacy.name}, egress {told.egress.approve}")
-    checks: dict[str, Check] = {
-        "disk": lambda: machine.disk(state_dir),
-        "data": lambda: images.images(config, state_dir),
+    groups = {key_of(word).split(".")[0] for word in told.overrides}
+    checks: dict[str, Check] = {"disk": lambda: machine.disk(state_dir)}
+    if "cells" in groups:
+        checks["cells"] = lambda: pictures.pictures(told.overrides)
+    if "data" in groups or "cells" not in groups:  # a lab of cells alone has no films
+        checks["data"] = lambda: images.images(config, state_dir)
+    checks |= {
         "ledger": lambda: state.ledger(config, state_dir),
         "egress": lambda: state.egress(state_dir, told.egress.approve == "manual"),
     }

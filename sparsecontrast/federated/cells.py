@@ -21,6 +21,7 @@ from sparsecontrast.structure import build as build_dataclass
 if TYPE_CHECKING:
     from sparsecontrast.classify.cells import Cells
     from sparsecontrast.classify.federation import CellsRun
+    from sparsecontrast.classify.settings import CellsConfig
 
 # A worker serves many labs and rounds of one run: the pictures are read once.
 _pictures: dict[str, "Cells"] = {}
@@ -33,22 +34,30 @@ def at_site(heard: "CellsRun", told: Sequence[str]) -> "CellsRun":
         ConfigError: the lab's file sets the classes, or something impossible.
     """
     from sparsecontrast.classify.federation import check_cells
-    from sparsecontrast.classify.settings import CellsConfig
 
     if "cells.classes" in map(key_of, told):
         raise ConfigError(
             "cells.classes: of the run, not of a site; take it out of the site's file. Pictures of other "
             "classes are left out by themselves"
         )
-    tree = hydra_tree(list(told))
-    own = build_dataclass(CellsConfig, tree["cells"], "cells.")
     config = dataclasses.replace(
         heard,
-        cells=dataclasses.replace(own, classes=heard.cells.classes),
-        privacy=build_dataclass(PrivacyConfig, tree["privacy"], "privacy."),
+        cells=dataclasses.replace(own_cells(told), classes=heard.cells.classes),
+        privacy=build_dataclass(PrivacyConfig, hydra_tree(list(told))["privacy"], "privacy."),
     )
     check_cells(config)
     return config
+
+
+def own_cells(told: Sequence[str]) -> "CellsConfig":
+    """Read what a site's file says of its pictures.
+
+    Raises:
+        ConfigError: an unknown key or value.
+    """
+    from sparsecontrast.classify.settings import CellsConfig
+
+    return build_dataclass(CellsConfig, hydra_tree(list(told))["cells"], "cells.")
 
 
 def refuse_uncut(config: "CellsRun") -> None:
