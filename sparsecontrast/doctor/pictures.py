@@ -17,7 +17,7 @@ def pictures(told: Sequence[str]) -> Iterator[Finding]:
     Args:
         told: overrides of the site's file.
     """
-    from sparsecontrast.classify.cells import find_pictures
+    from sparsecontrast.classify.listing import find_pictures
     from sparsecontrast.data.colour import read_colour
     from sparsecontrast.federated.cells import own_cells
 
