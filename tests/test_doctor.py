@@ -377,7 +377,7 @@ def test_a_site_file_that_is_not_in_order_is_told_and_the_rest_is_checked(kit, c
     site = at(kit, "127.0.0.1:1", overrides=["seed=1"])
     assert main(["doctor", "--site", str(site)]) == 1
     told = capsys.readouterr().out
-    assert re.search(r"(?m)^FAIL  site .*a site sets data, privacy, backbone only", told)
+    assert re.search(r"(?m)^FAIL  site .*a site sets data, cells, privacy, backbone only", told)
     assert re.search(r"(?m)^FAIL  server .*no answer", told) and re.search(r"(?m)^ok +packages", told)
 
 

@@ -235,7 +235,7 @@ def test_digests_of_bundles_reach_the_hospital(tmp_path):
         (lambda t: t["sites"][0].update(state_dir="state"), "state_dir.*absolute"),
         (lambda t: t["sites"][0].update(state_dir="/a/../b"), "state_dir.*absolute"),
         (lambda t: t["sites"][0].update(state_dir="/a; rm -r b"), "state_dir.*absolute"),
-        (lambda t: t["sites"][0].update(overrides=["seed=1"]), "a site sets data, privacy, backbone only"),
+        (lambda t: t["sites"][0].update(overrides=["seed=1"]), "a site sets data, cells, privacy, backbone only"),
         (lambda t: t["sites"][0].update(overrides=["data.rot=/x"]), "rot"),
         (lambda t: t["sites"][0].update(overrides=["privacy=dp_sgd", "privacy.target_epsilon=0"]), "epsilon"),
         (lambda t: t["sites"][0].update(egress={"approve": "never"}), "egress.approve"),
