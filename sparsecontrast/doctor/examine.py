@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsecontrast.config import anchored, check, compose
+from sparsecontrast.config import anchored, check
 from sparsecontrast.doctor import images, machine, pictures, server, state
 from sparsecontrast.doctor.finding import Check, Finding, guarded
 from sparsecontrast.errors import ConfigError
-from sparsecontrast.overrides import key_of, without
+from sparsecontrast.federated.images import own_images
+from sparsecontrast.overrides import key_of
 from sparsecontrast.settings import Config, SiteConfig
 from sparsecontrast.site_file import SiteFile, read_site_file
 
@@ -49,7 +50,7 @@ def _read(path: Path) -> tuple[SiteFile, Config, Path]:
     told = read_site_file(path)
     state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
-        compose(without(told.overrides, ["cells"])),
+        own_images(told.overrides),
         site=SiteConfig(told.name, str(state_dir)),
         output_dir=str(state_dir),
     )

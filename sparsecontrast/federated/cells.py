@@ -35,11 +35,6 @@ def at_site(heard: "CellsRun", told: Sequence[str]) -> "CellsRun":
     """
     from sparsecontrast.classify.federation import check_cells
 
-    if "cells.classes" in map(key_of, told):
-        raise ConfigError(
-            "cells.classes: of the run, not of a site; take it out of the site's file. Pictures of other "
-            "classes are left out by themselves"
-        )
     config = dataclasses.replace(
         heard,
         cells=dataclasses.replace(own_cells(told), classes=heard.cells.classes),
@@ -53,9 +48,15 @@ def own_cells(told: Sequence[str]) -> "CellsConfig":
     """Read what a site's file says of its pictures.
 
     Raises:
-        ConfigError: an unknown key or value.
+        ConfigError: an unknown key or value, or one that sets the classes.
     """
     from sparsecontrast.classify.settings import CellsConfig
+
+    if "cells.classes" in map(key_of, told):
+        raise ConfigError(
+            "cells.classes: of the run, not of a site; take it out of the site's file. Pictures of other "
+            "classes are left out by themselves"
+        )
 
     return build_dataclass(CellsConfig, hydra_tree(list(told))["cells"], "cells.")
 

@@ -31,7 +31,7 @@ def at_site(heard: Config, told: Sequence[str]) -> Config:
     Raises:
         ConfigError: parts that are in order by themselves do not fit each other.
     """
-    own = compose(without(told, ["cells"]))  # of another kind of run
+    own = own_images(told)
     pinned = any(key_of(word).split(".")[0] == "backbone" for word in told)
     # by whatever spelling of an override it came
     asked = dataclasses.replace(heard.backbone, pretrained=False)
@@ -44,6 +44,15 @@ def at_site(heard: Config, told: Sequence[str]) -> Config:
     )
     check(config)
     return config
+
+
+def own_images(told: Sequence[str]) -> Config:
+    """Compose what a site's file says, less its pictures of cells, which are of another kind of run.
+
+    Raises:
+        ConfigError: an unknown key or value.
+    """
+    return compose(without(told, ["cells"]))
 
 
 def refuse_uncut(config: Config) -> None:
