@@ -5,6 +5,7 @@ a code of ``sparsecontrast.errors``; the text stays in ``client.log`` in the sit
 file answers passes the guard before it leaves (``guard.py``).
 """
 
+import functools
 import math
 import re
 import time
@@ -43,13 +44,14 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _hello(message: Message, sites: Sequence[Any]) -> RecordDict:
-    from sparsecontrast.methods import build_method
+    from sparsecontrast.federated import kind_of
     from sparsecontrast.payload import fingerprint
 
     status: dict[str, Any] = {"status": "ok", "version": _version()}
     if sites:
         status["sites"] = [site.name for site in sites]
-        status["fingerprint"] = fingerprint(_shapes(build_method(sites[0].config, pretrained=False)))
+        config = sites[0].config
+        status["fingerprint"] = fingerprint(_shapes(kind_of(config).build(config, pretrained=False)))
     else:
         status["idle"] = True
     return RecordDict({"status": ConfigRecord(status)})
@@ -59,31 +61,28 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     import torch
 
     from client.rounds import KeptRounds
-    from client.site import training_set
     from sparsecontrast.deltas import pack_upload
-    from sparsecontrast.methods import build_method
-    from sparsecontrast.trainers import build_trainer
+    from sparsecontrast.federated import Place, kind_of
 
     (site,) = sites
     started = time.perf_counter()
     number, rounds, run_key, mu = _orders(message.content.config_records["config"])
     torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
-    method: Any = build_method(site.config, pretrained=False)  # the server's weights follow
+    kind, say = kind_of(site.config), functools.partial(note, site.state_dir)
+    method = kind.build(site.config, pretrained=False)  # the server's weights follow
     weights, reference = _global_weights(message.content, _shapes(method))
-    own = training_set(site)
     method.load_state_dict(weights, strict=False)
-    trainer = build_trainer(
-        method, site.config, site.name, site.state_dir, run_key, own.frame["patient_id"], site.key_dir
-    )
+    place = Place(site.name, site.simulated, site.state_dir, site.key_dir, run_key, say)
+    learner = kind.learner(method, site.config, place)
     kept = KeptRounds(site.state_dir / "state" / run_key, site.state_dir)
-    restored = kept.restore(trainer, number)
-    result = trainer.run(own.images, own.patient_codes, number, rounds, mu, kept.part(restored))
+    restored = kept.restore(learner.trainer, number)
+    result = learner.run(number, rounds, mu, kept.part(restored))
     state, allowed, wire = method.state_dict(), method.shared_parameters(), site.config.federation
     packed, residual = pack_upload(
         {name: state[name] for name in allowed}, allowed, wire.upload, wire.payload_dtype, reference,
         kept.residual(restored),
     )  # fmt: skip
-    kept.save(trainer, number, residual)
+    kept.save(learner.trainer, number, residual)
     metrics: dict[str, int | float] = {
         "num-examples": result.examples, "steps": result.steps, "state-round": restored, **result.metrics
     }  # fmt: skip

@@ -34,7 +34,8 @@ READY = "ready"
 # what a message is answered with; they bring the libraries with them
 MODULES = (
     "client.sentinel", "flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp",
-    "client.app", "client.rounds", "client.site", "sparsecontrast.trainers", "sparsecontrast.deltas",
+    "client.app", "client.rounds", "client.site", "sparsecontrast.federated.images",
+    "sparsecontrast.trainers", "sparsecontrast.deltas",
     "sparsecontrast.egress", "sparsecontrast.approval", "sparsecontrast.release", "sparsecontrast.progress",
     "sparsecontrast.data.cache", "sparsecontrast.data.index", "sparsecontrast.data.sites", "pandas",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from client.log import note
 from client.site import Site, addressed, log_folder, resolve
 from sparsecontrast.errors import EgressError, SparseContrastError
+from sparsecontrast.settings import Config
 
 TRAIN = {"arrays", "manifest", "status", "metrics"}
 
@@ -89,7 +90,7 @@ def _limits(message: Message, site: Site) -> Any:
     flat = payload.from_npy(message.content.array_records["arrays"]["flat"].data).astype("float32")
     wire = site.config.federation
     privacy, charged = site.config.privacy, None
-    if privacy.name != "none":
+    if privacy.name != "none" and isinstance(site.config, Config):  # no other kind has a ledger to hold it
         from sparsecontrast.ledger import ledger_of
 
         config = message.content.config_records["config"]

@@ -1,10 +1,10 @@
-"""Which site this node is, what it may be told, and its data.
+"""Which site this node is, and what it may be told.
 
 A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital's own file:
 
     name: st-elsewhere
     state_dir: /var/lib/sparsecontrast      # ledger, optimizer, projector, client.log
-    overrides: [data=csv, data.root=/images]   # of data, privacy, backbone
+    overrides: [data=csv, data.root=/images]   # of data, cells, privacy, backbone
 
 What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a message
 are dropped unread, and ``client.log`` names them. So is a file of pretrained weights: weights come from
@@ -17,24 +17,19 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparsecontrast.config import anchored, check, compose, shared_state_dir, site_state_dir, split_overrides
-from sparsecontrast.errors import ConfigError, EmptySiteError, TooFewImagesError
+from sparsecontrast.config import anchored, shared_state_dir, site_state_dir, split_overrides
+from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated import RunConfig, compose_run, kind_of
 from sparsecontrast.overrides import key_of, without
-from sparsecontrast.settings import Config, SiteConfig
+from sparsecontrast.settings import SiteConfig
 from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from sparsecontrast.data.cache import Dataset
-
-OWN = ("data", "privacy", "site", "audit", "output_dir", "resume", "init")  # the server's word is not heard
-# A worker serves many sites and rounds of one run: what they share is made once, one entry each.
-_datasets: dict[str, "Dataset"] = {}
-_names: dict[str, list[str]] = {}
-_composed = functools.lru_cache(maxsize=4)(compose)
+# the server's word on these is not heard,
+OWN = ("data", "cells", "privacy", "site", "audit", "output_dir", "resume", "init")
+RUNS = ("cells.classes",)  # but on these it is: they are the size of the network
+_composed = functools.lru_cache(maxsize=4)(compose_run)
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Site:
     """
 
     name: str
-    config: Config
+    config: RunConfig
     state_dir: Path
     simulated: bool
     unheard: tuple[str, ...] = ()
@@ -97,27 +92,6 @@ def addressed(sites: Sequence[Any], config: Mapping[str, Any]) -> Sequence[Any]:
     return meant
 
 
-def training_set(site: Site) -> "Dataset":
-    """Return the site's training images and what is known of them.
-
-    Nothing outside the ``train`` split is ever touched here, nor a canary who drew tails.
-
-    Raises:
-        EmptySiteError: no readable training image.
-        TooFewImagesError: fewer than ``data.min_images``.
-        ConfigError: ``audit.canaries``, but no coin was tossed.
-    """
-    dataset = _dataset(site)
-    own = dataset.site(site.name) if site.simulated else dataset
-    train = own.training(site.config.audit.canaries)
-    least = site.config.data.min_images
-    if len(train) == 0:
-        raise EmptySiteError(f"site {site.name}: no readable training image; see quarantine.csv")
-    if len(train) < least:
-        raise TooFewImagesError(f"site {site.name}: {len(train)} training images, data.min_images={least}")
-    return train
-
-
 def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
     """Find a folder of the site's own for errors that arise before the site is known."""
     if "site-config" in node_config:
@@ -139,42 +113,28 @@ def _own_site(path: Path, overrides: str) -> Site:
 def _told_site(path: Path, text: str, overrides: str) -> Site:
     told = parse_site_file(path, text)
     words = split_overrides(overrides)
-    heard = compose(without(words, OWN))
-    # by whatever spelling of an override it came
-    asked = dataclasses.replace(heard.backbone, pretrained=False)
-    own = compose(told.overrides)
-    pinned = any(key_of(word).split(".")[0] == "backbone" for word in told.overrides)
+    heard = compose_run([word for word in words if key_of(word) in RUNS or without([word], OWN)])
     state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
-        heard,
-        backbone=own.backbone if pinned else asked,
-        # the size is the model's need, everything else about the data is the site's
-        data=dataclasses.replace(own.data, image_size=heard.data.image_size),
-        privacy=own.privacy,
+        kind_of(heard).at_site(heard, told.overrides),
         site=SiteConfig(told.name, str(state_dir)),
         output_dir=str(state_dir),
     )
-    check(config)  # parts that are in order by themselves may not fit each other
     return Site(told.name, config, state_dir, False, _unheard(words, heard), told.egress)
 
 
-def _unheard(words: Sequence[str], heard: Config) -> tuple[str, ...]:
+def _unheard(words: Sequence[str], heard: RunConfig) -> tuple[str, ...]:
     """Name what the server said of data and privacy, as overrides or within an experiment."""
-    keys = {key for word in words if (key := key_of(word)).split(".")[0] in ("data", "privacy")}
+    keys = {key for word in words if (key := key_of(word)).split(".")[0] in ("data", "cells", "privacy")}
     if heard.privacy.name != "none":
         keys.add("privacy")
-    return tuple(sorted(keys))
+    return tuple(sorted(keys.difference(RUNS)))
 
 
-def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
+def _simulated_sites(partition: int, nodes: int, config: RunConfig) -> list[Site]:
     """Deal the sites of the data, sorted by name, to the nodes in turn."""
     wanted = config.federation.sites
-    if config.federation.partition != "by_site" and config.data.index is None:
-        raise ConfigError(
-            f"federation.partition={config.federation.partition} without data.index: run "
-            "`python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
-        )
-    names = _site_names(config)
+    names = kind_of(config).site_names(config)
     ranks = range(partition, wanted, nodes)
     if ranks and ranks[-1] >= len(names):
         raise ConfigError(
@@ -186,44 +146,3 @@ def _simulated_sites(partition: int, nodes: int, config: Config) -> list[Site]:
     shared = anchored(config.site.state_dir) if config.site.state_dir else None
     folders = [shared / name if shared else site_state_dir(config, name) for name in chosen]
     return [Site(n, config, f, simulated=True) for n, f in zip(chosen, folders, strict=True)]
-
-
-def _site_names(config: Config) -> list[str]:
-    from sparsecontrast.data.cache import load_rows
-
-    state_dir = shared_state_dir(config)
-    key = repr((config.data, config.federation.partition, str(state_dir)))
-    if key not in _names:
-        frame, _ = load_rows(config.data, state_dir, progress=False)
-        _check_cut(frame, config.federation.partition)
-        _names.clear()
-        _names[key] = sorted(set(frame["site"].astype(str)))
-    return _names[key]
-
-
-def _check_cut(frame: "pd.DataFrame", partition: str) -> None:
-    """Refuse an index that is not cut as configured: its sites would not be the ones reported."""
-    from sparsecontrast.data.sites import is_cut, refuse_leaks
-
-    if not is_cut(frame, partition):
-        raise ConfigError(
-            f"federation.partition={partition}: data.index is not cut so; run "
-            "`python -m simulation.partition OVERRIDES --out FILE`, then give data.index=FILE"
-        )
-    refuse_leaks(frame)
-
-
-def _dataset(site: Site) -> "Dataset":
-    """Load a site's data, or take them from memory."""
-    from sparsecontrast.data.cache import load_dataset
-
-    config = site.config
-    state_dir = site.key_dir
-    cache_dir = (
-        anchored(config.data.cache_dir) if config.data.cache_dir else Path(config.output_dir) / "cache"
-    )
-    key = repr((config.data, str(cache_dir), str(state_dir)))
-    if key not in _datasets:
-        _datasets.clear()
-        _datasets[key] = load_dataset(config, cache_dir, state_dir, progress=False)
-    return _datasets[key]

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from server.log import fail, say
 
 if TYPE_CHECKING:
-    from sparsecontrast.settings import Config
+    from sparsecontrast.federated import RunConfig
 
 app = ServerApp()
 
@@ -45,31 +45,21 @@ def run(grid: Grid, words: list[str]) -> None:
     """
     from server.folder import alone, resolve
     from server.strategy import Aggregator
-    from sparsecontrast.errors import ConfigError
-    from sparsecontrast.methods import build_method
+    from sparsecontrast.federated import kind_of
     from sparsecontrast.start import load_start
 
     config, words = resolve(words)
-    if config.federation.partition != "by_site" and config.data.index is None:
-        raise ConfigError(
-            f"federation.partition={config.federation.partition}: the sites must be cut before they start. "
-            "Run `python -m simulation.partition OVERRIDES --out FILE`, then add data.index=FILE"
-        )
-    if config.audit.canaries > 0 and config.data.index is None:
-        raise ConfigError(
-            f"audit.canaries={config.audit.canaries}: the coins are tossed before the sites start, in a "
-            "simulation alone. Run `python -m simulation.partition OVERRIDES --out FILE`, then add "
-            "data.index=FILE"
-        )
+    kind = kind_of(config)
+    kind.refuse_uncut(config)
     Aggregator(config.federation)  # its complaints come before anyone is asked to wait
-    method = build_method(config, pretrained=config.resume is None)  # a continued run has its own weights
+    method = kind.build(config, pretrained=config.resume is None)  # a continued run has its own weights
     if config.resume is None:
         load_start(method, config)
     with alone(Path(config.output_dir)):
         _serve(grid, config, words, method)
 
 
-def _serve(grid: Grid, config: "Config", words: list[str], method: Any) -> None:
+def _serve(grid: Grid, config: "RunConfig", words: list[str], method: Any) -> None:
     from server.conversation import connect
     from server.folder import open_folder
     from server.rounds import Rounds, initial_weights

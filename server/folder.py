@@ -17,8 +17,8 @@ from sparsecontrast import checkpoint
 from sparsecontrast.config import as_dict
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, StorageError
+from sparsecontrast.federated import RunConfig
 from sparsecontrast.resume import refuse_old_rounds, resolve
-from sparsecontrast.settings import Config
 
 __all__ = ["RunFolder", "alone", "open_folder", "refuse_old_rounds", "resolve"]
 
@@ -37,7 +37,7 @@ class RunFolder:
     """
 
     path: Path
-    config: Config
+    config: RunConfig
     run_key: str
     done: int | None
 
@@ -102,7 +102,7 @@ def _lock(handle: int, path: Path) -> None:
         time.sleep(0.2)
 
 
-def open_folder(config: Config, words: Sequence[str]) -> RunFolder:
+def open_folder(config: RunConfig, words: Sequence[str]) -> RunFolder:
     """Start a run folder, or open the one to continue, with ``metrics.jsonl`` cut to whole rounds.
 
     Raises:

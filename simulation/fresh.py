@@ -7,16 +7,16 @@ import yaml
 
 from sparsecontrast.config import anchored
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated import RunConfig
 from sparsecontrast.runs import CONFIG, EVALUATION, METRICS, PARTITION, QUARANTINE, SCORES
-from sparsecontrast.settings import Config
 
 RUN_FILES = (
     CONFIG, METRICS, PARTITION, QUARANTINE, EVALUATION, SCORES, "report.html",
-    "rounds", "sites", "tensorboard",
+    "rounds", "sites", "tensorboard", "local_only",
 )  # fmt: skip
 
 
-def clear(config: Config) -> None:
+def clear(config: RunConfig) -> None:
     """Delete the run in ``output_dir``.
 
     Raises:

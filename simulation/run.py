@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from simulation import labs
 from simulation.fresh import clear
 from sparsecontrast import overrides
 from sparsecontrast.config import anchored, compose, shared_state_dir
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, EvaluationError, SparseContrastError
+from sparsecontrast.federated import RunConfig
 from sparsecontrast.runs import PARTITION, QUARANTINE
 from sparsecontrast.settings import Config
 
@@ -44,18 +46,20 @@ def run(words: Sequence[str], fresh: bool = False, evaluation: bool = True) -> P
     from server.strategy import Aggregator
 
     config, words = resolve(words)
+    images = isinstance(config, Config)
+    prepare, evaluate = (_prepare, _evaluate) if images else (labs.prepare, labs.evaluate)
     Aggregator(config.federation)  # complain before anything is deleted or made
     if fresh:
         clear(config)
     folder = Path(config.output_dir)
     # the workers import torch while the data are made ready here
     with _grid(config) as (grid, show):
-        words = _prepare(config, words, folder)
+        words = prepare(config, words, folder)  # type: ignore[arg-type]  of the same kind
         if config.resume is not None:
             words = [*words, overrides.assign("resume", config.resume)]
         _serve(grid, show, words)
     if evaluation:
-        _evaluate(folder)
+        evaluate(folder)
     return folder
 
 
@@ -106,7 +110,7 @@ def _cut(config: Config, folder: Path) -> None:
         print(f"federation.sites={wanted}: not used: {', '.join(found[wanted:])}", flush=True)
 
 
-def _grid(config: Config) -> Any:
+def _grid(config: RunConfig) -> Any:
     from simulation.display import shown_grid
 
     n = config.federation.sites

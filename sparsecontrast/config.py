@@ -14,12 +14,13 @@ from typing import Any
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.ranges import check_ranges
 from sparsecontrast.relations import check_relations
-from sparsecontrast.settings import Config, MethodConfig, MiramConfig
+from sparsecontrast.settings import Config, Housed, MethodConfig, MiramConfig
 from sparsecontrast.structure import build
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 OWN_COMMANDS = {
-    "sparse_attn_net": "classifies labelled cells; run `sparsecontrast classify train`",
+    "sparse_attn_net": "classifies labelled cells; run `sparsecontrast classify train`, or a federation with "
+    "experiment=cells; `sparsecontrast classify evaluate` judges both",
     "a2a": "trains on one acquisition as it denoises it; run sparsecontrast denoise FILE.npz --out DIR",
 }
 
@@ -35,9 +36,19 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
         ConfigError: an unknown group, key or value, with the nearest known names.
     """
     words = split_overrides(overrides) if isinstance(overrides, str) else list(overrides)
-    tree = {
-        key: value for key, value in hydra_tree(words).items() if key != "sweep"
-    }  # of many runs, not of one
+    return compose_tree(hydra_tree(words), words)
+
+
+def compose_tree(tree: Mapping[str, Any], words: Sequence[str]) -> Config:
+    """Check what ``hydra_tree`` made of the overrides ``words``, as ``compose`` does.
+
+    Raises:
+        ConfigError: as there.
+    """
+    foreign = {"sweep"}  # of many runs, not of one
+    if not any(word.lstrip("+~").partition("=")[0].split(".")[0] == "cells" for word in words):
+        foreign.add("cells")  # of another kind of run; what was asked of it is refused as unknown
+    tree = {key: value for key, value in tree.items() if key not in foreign}
     name = tree["method"].get("name")
     if name in OWN_COMMANDS:  # they have other keys, which would only be called unknown
         raise ConfigError(f"method={name}: {OWN_COMMANDS[name]}")
@@ -116,14 +127,14 @@ def anchored(path: str | Path) -> Path:
     return (Path(os.environ.get("SPARSECONTRAST_HOME") or Path.cwd()) / Path(path).expanduser()).resolve()
 
 
-def site_state_dir(config: Config, site: str) -> Path:
+def site_state_dir(config: Housed, site: str) -> Path:
     """Return the folder of a site's durable state."""
     if config.site.state_dir is not None:
         return anchored(config.site.state_dir)
     return anchored(config.output_dir) / "sites" / site
 
 
-def shared_state_dir(config: Config) -> Path:
+def shared_state_dir(config: Housed) -> Path:
     """Return the folder of what all sites on one machine share: their key of pseudonyms, the built index.
 
     With ``site.state_dir`` it outlives the run, as a privacy budget must: another key would make every

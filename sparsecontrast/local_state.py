@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecontrast.checkpoint import read_tensors, write_tensors
-from sparsecontrast.methods.method import Method
+from sparsecontrast.methods.method import Shared
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -23,7 +23,7 @@ class LocalState:
         optimizer: of its trained parameters.
     """
 
-    def __init__(self, method: Method, optimizer: torch.optim.Optimizer):
+    def __init__(self, method: Shared, optimizer: torch.optim.Optimizer):
         self.method, self.optimizer = method, optimizer
         self._begun = False
 

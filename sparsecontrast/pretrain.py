@@ -16,7 +16,7 @@ from sparsecontrast import checkpoint, overrides
 from sparsecontrast.config import anchored, as_dict, shared_state_dir, site_state_dir
 from sparsecontrast.data.cache import load_dataset
 from sparsecontrast.durable import write_bytes
-from sparsecontrast.errors import CheckpointError, TooFewImagesError
+from sparsecontrast.errors import CheckpointError, ConfigError, TooFewImagesError
 from sparsecontrast.methods import build_method
 from sparsecontrast.progress import progress
 from sparsecontrast.resume import refuse_old_rounds, resolve
@@ -50,7 +50,10 @@ def pretrain(config: Config, show: bool = True) -> Path:
         PrivacyError: the site's budget does not allow it, or its ledger cannot be trusted.
     """
     if config.resume is not None:
-        config, _ = resolve(overrides.merge(config.overrides, [overrides.assign("resume", config.resume)]))
+        run, _ = resolve(overrides.merge(config.overrides, [overrides.assign("resume", config.resume)]))
+        if not isinstance(run, Config):
+            raise ConfigError(f"resume={config.resume}: no pretraining; continue it as it was started")
+        config = run
     resumed = config.resume is not None
     folder = anchored(config.output_dir)
     config = dataclasses.replace(config, output_dir=str(folder))

@@ -4,6 +4,7 @@ What one key may be on its own stands here; what keys must be to each other stan
 ``relations.py``. A value out of range would otherwise be found after all training, or never.
 """
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -118,6 +119,16 @@ def check_ranges(config: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None:
                 check_range(key, number, bounds)
+
+
+def check_numbers(config: Any, bounds: Mapping[str, Bounds]) -> None:
+    """Hold numbers, each of them there, to their ranges.
+
+    Raises:
+        ConfigError: a value outside; says which key, and its range.
+    """
+    for key, range_of in bounds.items():
+        check_range(key, attrgetter(key)(config), range_of)
 
 
 def check_range(name: str, number: float, bounds: Bounds) -> None:

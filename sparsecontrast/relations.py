@@ -6,7 +6,7 @@ The range of one key on its own stands in ``ranges.py`` and holds already.
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.levels import STRIDE, stack_grids
 from sparsecontrast.ranges import MAX_STEPS
-from sparsecontrast.settings import Config, MethodConfig, MiramConfig
+from sparsecontrast.settings import Config, FederationConfig, MethodConfig, MiramConfig
 
 BASELINES = ("pixels", "random_init", "start", "local_only", "centralised")
 """What ``evaluation.baselines`` may name; ``sparsecontrast.features`` makes them."""
@@ -144,13 +144,20 @@ def _relations(config: Config) -> Relations:
             f"init={config.init}, backbone.pretrained={config.backbone.pretrained}: both say where the "
             "backbone starts; leave one of them out",
         ),
-        (
-            f.min_sites <= f.sites,
-            f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
-        ),
+        *federation_relations(f),
         (
             0 < d.val_fraction + d.test_fraction < 1,
             "data.val_fraction + data.test_fraction: must be in (0, 1)",
+        ),
+    ]
+
+
+def federation_relations(f: FederationConfig) -> Relations:
+    """What the federation's keys must be to each other, whatever it trains."""
+    return [
+        (
+            f.min_sites <= f.sites,
+            f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
         ),
     ]
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsecontrast import checkpoint, overrides
-from sparsecontrast.config import anchored, as_dict, compose
+from sparsecontrast.config import anchored, as_dict
 from sparsecontrast.differences import differences
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated import RunConfig, compose_run
 from sparsecontrast.runs import CONFIG, read_saved
-from sparsecontrast.settings import Config
 
 # what a continued run may change; everything else decides the weights, or who may see what
 FREE = (
@@ -20,7 +20,7 @@ FREE = (
 )  # fmt: skip
 
 
-def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
+def resolve(words: Sequence[str]) -> tuple[RunConfig, list[str]]:
     """Compose a run's config; with ``resume=FOLDER`` on top of what that folder's run was told.
 
     A run that ended before its first checkpoint has nothing to continue: it begins, as it was told to.
@@ -36,7 +36,7 @@ def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
         ConfigError: an impossible override, no run to continue, or a difference that would change
             what the run computes.
     """
-    config = compose(list(words))
+    config = compose_run(list(words))
     if config.resume is None:
         folder = anchored(config.output_dir)
         words = overrides.merge(words, [overrides.assign("output_dir", folder)])
@@ -47,13 +47,13 @@ def resolve(words: Sequence[str]) -> tuple[Config, list[str]]:
     saved = read_saved(folder)
     words = overrides.without(overrides.merge(saved["overrides"], list(words)), ["resume", "output_dir"])
     words = [*words, overrides.assign("output_dir", folder)]
-    resumed = compose(words)
+    resumed = compose_run(words)
     _compare(saved, as_dict(resumed), folder)
     begun = str(folder) if checkpoint.has_rounds(folder) else None
     return dataclasses.replace(resumed, resume=begun, output_dir=str(folder)), words
 
 
-def refuse_old_rounds(config: Config) -> None:
+def refuse_old_rounds(config: RunConfig) -> None:
     """Keep a new run out of a folder with rounds.
 
     Raises:

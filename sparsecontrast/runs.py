@@ -23,7 +23,7 @@ QUARANTINE = "quarantine.csv"
 EVALUATION = "evaluation.json"
 SCORES = "scores.csv"
 # keys of the config that hold a path, and may hold one into the run folder
-PATHS = (("data", "root"), ("data", "index"), ("data", "cache_dir"), ("site", "state_dir"),
+PATHS = (("data", "root"), ("cells", "root"), ("data", "index"), ("data", "cache_dir"), ("site", "state_dir"),
          ("backbone", "pretrained"))  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,20 @@ class SiteConfig:
 
     name: str | None
     state_dir: str | None
+
+
+class Housed(Protocol):
+    """What says where a run's files lie, whatever it trains."""
+
+    @property
+    def output_dir(self) -> str:
+        """The run folder."""
+        ...
+
+    @property
+    def site(self) -> SiteConfig:
+        """What a site owns."""
+        ...
 
 
 @dataclass(frozen=True)

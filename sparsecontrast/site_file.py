@@ -1,8 +1,9 @@
 """A hospital's own file, ``site.yaml``: who the site is, where it keeps what must last, what may leave.
 
-Keys: ``name``, ``state_dir`` (ledger, optimizer, projector, client.log), ``overrides`` (of data, privacy and
-backbone), ``egress`` (``{approve: manual}``: a person looks at each release), and what ``client/sentinel.py``
-holds to: ``app`` (``installed``, or digests of the bundles that may run) and ``limits`` (of an answer).
+Keys: ``name``, ``state_dir`` (ledger, optimizer, projector, client.log), ``overrides`` (of data, cells,
+privacy and backbone), ``egress`` (``{approve: manual}``: a person looks at each release), and what
+``client/sentinel.py`` holds to: ``app`` (``installed``, or digests of the bundles that may run) and
+``limits`` (of an answer).
 """
 
 import re
@@ -15,7 +16,7 @@ from sparsecontrast.overrides import key_of
 from sparsecontrast.ranges import INF, check_range
 from sparsecontrast.structure import build
 
-PINNED = ("data", "privacy", "backbone")  # what a site's file may set
+PINNED = ("data", "cells", "privacy", "backbone")  # what a site's file may set
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"(?!\.)[^\x00-\x1f/\\]{1,64}")
 

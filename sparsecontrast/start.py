@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from sparsecontrast.checkpoint import latest, read_round, read_tensors
 from sparsecontrast.config import anchored
 from sparsecontrast.errors import BackboneMismatchError, CheckpointError, MissingDataError
-from sparsecontrast.methods.method import Method
-from sparsecontrast.settings import Config
+from sparsecontrast.federated import RunConfig
+from sparsecontrast.methods.method import Shared
 
 SCORER = "saliency."
 
 
-def load_start(method: Method, config: Config) -> None:
+def load_start(method: Shared, config: RunConfig) -> None:
     """Load what ``init`` names into a method; nothing where it is null.
 
     Raises:

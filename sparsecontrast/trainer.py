@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsecontrast.batches import Views, epoch_batches
 from sparsecontrast.errors import MethodError, PrivacyError, TooFewImagesError
 from sparsecontrast.local_state import LocalState, trained
-from sparsecontrast.methods.method import Batch, Method
+from sparsecontrast.methods.method import Batch, Method, Shared
 from sparsecontrast.part_round import PartRound, Told, identity_of
 from sparsecontrast.settings import Config, TrainConfig
 
@@ -172,7 +172,7 @@ def prepare(method: Method, config: Config) -> tuple[nn.Module, torch.device]:
     return module, device
 
 
-def shared_anchor(method: Method) -> list[tuple[Tensor, Tensor]]:
+def shared_anchor(method: Shared) -> list[tuple[Tensor, Tensor]]:
     """Shared parameters and copies of what they are now: what FedProx's term pulls them back to."""
     shared = set(method.shared_parameters())
     return [(p, p.detach().clone()) for n, p in trained(method) if n in shared]  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from sparsecontrast.config import (
     split_overrides,
 )
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated import compose_run
 from sparsecontrast.ranges import RANGES, check_range
 from sparsecontrast.settings import Config, MethodConfig, MiramConfig
 
@@ -210,7 +211,7 @@ CHOICES = sorted(set(CONFIG_DIR.glob("*/*.yaml")) - {OWN_LOOP})
 @pytest.mark.parametrize("path", CHOICES, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_every_config_file_composes(path):
     classifies = path.parent.name == "cells" or path.stem == "sparse_attn_net"
-    config = (compose_classify if classifies else compose)([f"{path.parent.name}={path.stem}"])
+    config = (compose_classify if classifies else compose_run)([f"{path.parent.name}={path.stem}"])
     assert dataclasses.is_dataclass(config)
 
 

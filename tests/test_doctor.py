@@ -14,12 +14,15 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from PIL import Image
 
 from sparsecontrast.cli import main
-from sparsecontrast.doctor import images, machine, server, state
-from sparsecontrast.doctor.finding import guarded
+from sparsecontrast.doctor import images, machine, pictures, server, state
+from sparsecontrast.doctor.examine import examine
+from sparsecontrast.doctor.finding import Finding, guarded
 from sparsecontrast.egress import EgressLog
+from sparsecontrast.overrides import assign
 from sparsecontrast.provision.authority import new_authority
 from sparsecontrast.provision.kits import provision
 from sparsecontrast.provision.plan import read_plan
+from tests.cell_files import write_cells
 from tests.dicom_files import write_dicom
 from tests.fronts import answering, write_pem
 
@@ -286,6 +289,38 @@ def test_strange_pixels_are_counted_and_shown(tmp_path, fault, count, level):
     assert framed.sum() == min(count, 6)
 
 
+def test_a_labs_pictures_are_counted_and_opened_without_a_path(tmp_path):
+    root = write_cells(tmp_path / "DOE^JANE", each=4)
+    words = [assign("cells.root", root)]
+    found = list(pictures.pictures(words))
+    assert [f.level for f in found] == ["ok", "ok"]
+    assert found[0].what == "16 pictures of 2 classes, 2 lab(s)" and "0 unreadable" in found[1].what
+    for i, path in enumerate(sorted((root / "images").iterdir())):
+        if i < 3:
+            path.write_bytes(b"no picture")
+    assert [f.level for f in pictures.pictures(words)] == ["ok", "warn"]
+    shutil.rmtree(root / "images")
+    assert [f.level for f in pictures.pictures(words)] == ["ok", "FAIL"]
+    shutil.rmtree(root)
+    (found,) = pictures.pictures(words)
+    assert found.level == "FAIL" and "data_missing" in found.what and "DOE" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["cells.root=/p"], {"cells"}),
+        (["cells.root=/p", "data.min_images=2"], {"cells", "data"}),
+        ([], {"data"}),
+    ],
+)
+def test_a_lab_of_cells_alone_is_not_asked_for_films(kit, monkeypatch, words, names):
+    monkeypatch.setattr(images, "images", lambda *_: [Finding("ok", "data", "")])
+    monkeypatch.setattr(pictures, "pictures", lambda _: [Finding("ok", "cells", "")])
+    found = {f.name for f in examine(at(kit, "127.0.0.1:1", overrides=words))}
+    assert found & {"cells", "data"} == names
+
+
 def site_config(privacy="none"):
     from sparsecontrast.config import compose
 
@@ -342,7 +377,7 @@ def test_a_site_file_that_is_not_in_order_is_told_and_the_rest_is_checked(kit, c
     site = at(kit, "127.0.0.1:1", overrides=["seed=1"])
     assert main(["doctor", "--site", str(site)]) == 1
     told = capsys.readouterr().out
-    assert re.search(r"(?m)^FAIL  site .*a site sets data, privacy, backbone only", told)
+    assert re.search(r"(?m)^FAIL  site .*a site sets data, cells, privacy, backbone only", told)
     assert re.search(r"(?m)^FAIL  server .*no answer", told) and re.search(r"(?m)^ok +packages", told)
 
 

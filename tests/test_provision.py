@@ -216,6 +216,17 @@ def test_digests_of_bundles_reach_the_hospital(tmp_path):
     assert read_site_file(kit / "site.yaml").app == tuple(digests)
 
 
+def test_a_lab_of_cells_can_be_planned(tmp_path):
+    change = {"overrides": ["cells=bccd", "cells.root=/pictures"]}
+    path = tmp_path / "sites.yaml"
+    path.write_text(yaml.safe_dump(plan_with(lambda t: t["sites"][0].update(change))))
+    assert main(["provision", str(path), "--out", str(tmp_path / "out")]) == 0
+    kit = tmp_path / "out" / "sites" / "st-elsewhere"
+    assert read_site_file(kit / "site.yaml").overrides == change["overrides"]
+    (service,) = yaml.safe_load((kit / "compose.yaml").read_text())["services"].values()
+    assert "/pictures:/pictures:ro" in service["volumes"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -235,8 +246,10 @@ def test_digests_of_bundles_reach_the_hospital(tmp_path):
         (lambda t: t["sites"][0].update(state_dir="state"), "state_dir.*absolute"),
         (lambda t: t["sites"][0].update(state_dir="/a/../b"), "state_dir.*absolute"),
         (lambda t: t["sites"][0].update(state_dir="/a; rm -r b"), "state_dir.*absolute"),
-        (lambda t: t["sites"][0].update(overrides=["seed=1"]), "a site sets data, privacy, backbone only"),
+        (lambda t: t["sites"][0].update(overrides=["seed=1"]), "a site sets data, cells, privacy"),
         (lambda t: t["sites"][0].update(overrides=["data.rot=/x"]), "rot"),
+        (lambda t: t["sites"][0].update(overrides=["cells.rot=/x"]), "rot"),
+        (lambda t: t["sites"][0].update(overrides=["cells.classes=[a,b]"]), "of the run, not of a site"),
         (lambda t: t["sites"][0].update(overrides=["privacy=dp_sgd", "privacy.target_epsilon=0"]), "epsilon"),
         (lambda t: t["sites"][0].update(egress={"approve": "never"}), "egress.approve"),
         (lambda t: t["sites"][0].update(egress={"wait_seconds": -1}), "wait_seconds"),

@@ -1,28 +1,18 @@
 """Labelled pictures of cells, and how they are split: by lab and by group, never through a group."""
 
 import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from sparsecontrast.classify.listing import common_classes, find_pictures, given_classes
 from sparsecontrast.classify.settings import CellsConfig
-from sparsecontrast.config import anchored
 from sparsecontrast.data.colour import read_colour
-from sparsecontrast.errors import (
-    ConfigError,
-    EmptySiteError,
-    ImageReadError,
-    IndexSchemaError,
-    MissingDataError,
-)
-
-PICTURES = (".png", ".jpg", ".jpeg")
+from sparsecontrast.errors import ConfigError, EmptySiteError, ImageReadError
 
 
 @dataclass(frozen=True)
@@ -48,6 +38,14 @@ class Cells:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, rows: Tensor) -> "Cells":
+        """Keep rows, in the order given."""
+        at = rows.numpy()
+        return replace(
+            self, images=self.images[rows], labels=self.labels[rows], labs=self.labs[at],
+            groups=self.groups[at],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Split:
@@ -58,8 +56,14 @@ class Split:
     test: Tensor
 
 
-def load_cells(config: CellsConfig, image_size: int) -> Cells:
+def load_cells(config: CellsConfig, image_size: int, classes: Sequence[str] | None = None) -> Cells:
     """Read every picture of the classes that are common enough.
+
+    Args:
+        config: where the pictures are, and what is asked of them.
+        image_size: pixels of a side.
+        classes: those of a network that is there already, sorted: they are taken as they are, some may have
+            no picture, and pictures of others are left out. None finds them in the pictures.
 
     Raises:
         MissingDataError: no root, or no such folder or table.
@@ -67,13 +71,8 @@ def load_cells(config: CellsConfig, image_size: int) -> Cells:
         EmptySiteError: fewer than two classes are left.
         ConfigError: a class that was asked for is not there, or a pattern that is none.
     """
-    if config.root is None:
-        raise MissingDataError("cells.root: not set; give the folder of the pictures, cells.root=FOLDER")
-    root = anchored(config.root)
-    if not root.is_dir():
-        raise MissingDataError(f"cells.root={root}: no such folder")
-    table = _from_index(config, root) if config.layout == "index" else _from_folders(config, root)
-    table, left_out = _common(table, config)
+    root, table = find_pictures(config)
+    table, left_out = common_classes(table, config) if classes is None else given_classes(table, classes)
     images, kept = [], []
     for row in table.itertuples():
         try:
@@ -82,9 +81,11 @@ def load_cells(config: CellsConfig, image_size: int) -> Cells:
         except ImageReadError as error:
             left_out.append((str(row.path), str(error)))
     table = table.loc[kept]
-    classes = tuple(sorted(table["label"].unique()))
-    if len(classes) < 2:
-        raise EmptySiteError(f"{root}: {len(classes)} classes with cells.min_images={config.min_images}")
+    found = tuple(sorted(table["label"].unique()))
+    if len(found) < (2 if classes is None else 1):
+        asked = f"cells.min_images={config.min_images}" if classes is None else f"cells.classes={classes}"
+        raise EmptySiteError(f"{root}: {len(found)} classes with {asked}")
+    classes = found if classes is None else tuple(classes)
     return Cells(
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
         torch.tensor([classes.index(name) for name in table["label"]]),
@@ -93,6 +94,20 @@ def load_cells(config: CellsConfig, image_size: int) -> Cells:
         table["group"].to_numpy(dtype=str),
         pd.DataFrame(left_out, columns=["path", "reason"]),
     )
+
+
+def lab_names(config: CellsConfig) -> list[str]:
+    """Names of the labs that train, sorted; no picture is opened.
+
+    Raises:
+        DataError: as ``load_cells``.
+    """
+    _, table = find_pictures(config)
+    if config.classes:
+        table = table[table["label"].isin(config.classes)]
+    known = sorted(table["lab"].astype(str).unique())
+    _refuse_unknown(config.train_labs, known)
+    return sorted(config.train_labs) or known
 
 
 def split_cells(cells: Cells, config: CellsConfig, seed: int) -> Split:
@@ -106,11 +121,30 @@ def split_cells(cells: Cells, config: CellsConfig, seed: int) -> Split:
         ConfigError: a lab that is not there.
         EmptySiteError: a part without pictures.
     """
+    parts = _parts(cells, config, seed)
+    found = {name: torch.from_numpy(np.flatnonzero(parts == name)) for name in ("train", "val", "test")}
+    empty = [name for name, rows in found.items() if not len(rows)]
+    if empty:
+        raise EmptySiteError(
+            f"cells: no picture for {', '.join(empty)}; see cells.*_labs and cells.*_fraction"
+        )
+    return Split(**found)
+
+
+def training_rows(cells: Cells, config: CellsConfig, seed: int) -> Tensor:
+    """Rows of all groups that ``split_cells`` would not test on, ascending: nothing is chosen on ``val``.
+
+    Raises:
+        ConfigError: a lab that is not there.
+    """
+    return torch.from_numpy(np.flatnonzero(np.isin(_parts(cells, config, seed), ("train", "val"))))
+
+
+def _parts(cells: Cells, config: CellsConfig, seed: int) -> np.ndarray:
+    """Part of each picture [N]: train, val, test, or none."""
     known = sorted(set(cells.labs))
     trained, tested = config.train_labs or tuple(known), config.test_labs or config.train_labs or tuple(known)
-    for lab in (*trained, *tested):
-        if lab not in known:
-            raise ConfigError(f"cells: no lab {lab!r} among {', '.join(known)}")
+    _refuse_unknown((*trained, *tested), known)
     place: dict[str, str] = {}
     for (lab, _), groups in _strata(cells).items():
         order = sorted(groups, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
@@ -120,14 +154,13 @@ def split_cells(cells: Cells, config: CellsConfig, seed: int) -> Split:
         n_val = max(1, round(config.val_fraction * len(rest)))
         place |= dict.fromkeys(order[:n_test], "test" if lab in tested else "")
         place |= dict.fromkeys(rest[:n_val], "val") | dict.fromkeys(rest[n_val:], "train")
-    parts = np.array([place.get(group, "") for group in cells.groups])
-    found = {name: torch.from_numpy(np.flatnonzero(parts == name)) for name in ("train", "val", "test")}
-    empty = [name for name, rows in found.items() if not len(rows)]
-    if empty:
-        raise EmptySiteError(
-            f"cells: no picture for {', '.join(empty)}; see cells.*_labs and cells.*_fraction"
-        )
-    return Split(**found)
+    return np.array([place.get(group, "") for group in cells.groups])
+
+
+def _refuse_unknown(labs: Sequence[str], known: Sequence[str]) -> None:
+    for lab in labs:
+        if lab not in known:
+            raise ConfigError(f"cells: no lab {lab!r} among {', '.join(known)}")
 
 
 def class_weights(labels: Tensor, classes: int, balance: float) -> Tensor:
@@ -146,62 +179,3 @@ def _strata(cells: Cells) -> dict[tuple[str, int], list[str]]:
     for group, stratum in first.items():
         found.setdefault(stratum, []).append(group)
     return found
-
-
-def _from_index(config: CellsConfig, root: Path) -> pd.DataFrame:
-    path = root / str(config.index)
-    if not path.is_file():
-        raise MissingDataError(f"{path}: no such table; see cells.index, or cells.layout=folders")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    columns = {"path": config.path, "label": config.label, "lab": config.lab, "group": config.group}
-    absent = [f"cells.{key}={name}" for key, name in columns.items() if name not in table]
-    if absent:
-        raise IndexSchemaError(
-            f"{path}: no column for {', '.join(absent)}; it has {', '.join(table.columns)}"
-        )
-    found = pd.DataFrame({key: table[name] for key, name in columns.items()})
-    found["group"] = found["group"].where(found["group"] != "", found["path"])
-    return found
-
-
-def _from_folders(config: CellsConfig, root: Path) -> pd.DataFrame:
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in PICTURES and p.parent != root)
-    if not files:
-        raise MissingDataError(f"{root}: no folder with pictures; expected ROOT/CLASS/*.jpeg")
-    names = [str(p.relative_to(root)) for p in files]
-    groups = _groups([p.stem for p in files], config.group_pattern)
-    return pd.DataFrame({
-        "path": names, "label": [p.parent.name for p in files],
-        "lab": config.lab_name or config.name, "group": groups,
-    })  # fmt: skip
-
-
-def _groups(stems: Sequence[str], pattern: str | None) -> list[str]:
-    """Group of each file's name: the pattern's first bracket, else the name."""
-    if pattern is None:
-        return list(stems)
-    try:
-        matches = [re.search(pattern, stem) for stem in stems]
-        return [m[1] if m else stem for m, stem in zip(matches, stems, strict=True)]
-    except (re.error, IndexError) as error:
-        raise ConfigError(
-            f"cells.group_pattern={pattern}: not a regular expression with a bracket ({error})"
-        ) from None
-
-
-def _common(table: pd.DataFrame, config: CellsConfig) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """Keep the wanted classes; names the pictures of rare ones, and those without a label."""
-    counts = table["label"].value_counts()
-    unknown = [name for name in config.classes if name not in counts]
-    if unknown:
-        raise ConfigError(
-            f"cells.classes: no picture of {', '.join(unknown)}; there are {', '.join(counts.index)}"
-        )
-    wanted = set(config.classes or counts[counts >= config.min_images].index) - {""}
-    out = table[~table["label"].isin(wanted)]
-    reasons = [
-        (path, f"class {label}: {counts[label]} pictures, too few" if label else "no label")
-        for path, label in zip(out["path"].astype(str), out["label"].astype(str), strict=True)
-        if not config.classes or not label
-    ]
-    return table[table["label"].isin(wanted)], reasons

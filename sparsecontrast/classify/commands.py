@@ -1,6 +1,7 @@
 """``sparsecontrast classify`` train | evaluate: the options, and what is printed."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsecontrast.terminal import print_table
@@ -27,15 +28,16 @@ def train(options: argparse.Namespace) -> None:
     from sparsecontrast.classify.run import train as train_run
     from sparsecontrast.classify.settings import compose_classify
 
-    _judge(train_run(compose_classify(options.overrides)), ())
+    judge_run(train_run(compose_classify(options.overrides)))
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Run ``classify evaluate``."""
-    _judge(options.run_dir, options.overrides)
+    judge_run(options.run_dir, options.overrides)
 
 
-def _judge(folder: Path, overrides: list[str] | tuple[str, ...]) -> None:
+def judge_run(folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Judge a run, print the scores and write its report."""
     from sparsecontrast.classify import run as runs
     from sparsecontrast.classify.report import write_report
 
@@ -46,6 +48,9 @@ def _judge(folder: Path, overrides: list[str] | tuple[str, ...]) -> None:
         for one in found["tested"]
     ]
     print_table(["lab", "images", "accuracy (95 %)", "macro-F1 (95 %)"], rows)
+    for lab, tested in found["local_only"].items():
+        told = ", ".join(f"{one['lab']} {_words(one['macro_f1'])}" for one in tested)
+        print(f"trained at {lab} alone, macro-F1: {told}")
     print(
         f"{100 * found['pixel_share']:.1f} % of the pixels read, {found['parameters']:,} parameters, "
         f"{found['left_out']} pictures left out: {write_report(run, found)}"

@@ -7,7 +7,7 @@ Any network fits that turns ``Labelled`` into a loss of each row and images into
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ def fit(
         tick: called once an epoch, with its figures in words.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = build_optimizer(network, config)
     steps = config.epochs * math.ceil(len(split.train) / config.batch_size)
     budget = _word_budget(network)
     average, best, rows = copy.deepcopy(network).eval(), _Best(), []
@@ -66,9 +66,9 @@ def fit(
         network.train()
         losses, order = [], split.train[torch.randperm(len(split.train), generator=generator)]
         for chosen in order.split(config.batch_size):
-            _set_rate(optimizer, config, step, steps)
+            set_rate(optimizer, config, step, steps)
             images = normalise(augment(cells.images[chosen], config.colour, generator))
-            losses.append(_step(network, optimizer, Labelled(images, cells.labels[chosen], generator)))
+            losses.append(train_step(network, optimizer, Labelled(images, cells.labels[chosen], generator)))
             step += 1
             _follow(average, network, min(config.ema, step / (step + WARM_EMA)))
         row = {"epoch": epoch, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
@@ -139,16 +139,37 @@ def _adapt(budget: WordBudget | None, networks: list[nn.Module], loss: float) ->
     return {"k": told["k"], "smoothed": told["smoothed"], "change": told["change"]}
 
 
-def _step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Labelled) -> float:
+def build_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.AdamW:
+    """Make AdamW over all parameters."""
+    return torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+
+
+def train_step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, batch: Labelled,
+    anchor: Sequence[tuple[Tensor, Tensor]] = (), mu: float = 0.0,
+) -> float:  # fmt: skip
+    """Take one step; returns the mean loss of the batch.
+
+    Args:
+        network: with ``forward(Labelled)`` -> [B].
+        optimizer: of its parameters.
+        batch: of one step.
+        anchor: parameters and what FedProx's term pulls them back to.
+        mu: weight of that term (Li et al. 2020, eq. 2).
+    """
     loss = network(batch).mean()
     optimizer.zero_grad()
     loss.backward()
+    for parameter, start in anchor:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - start, alpha=mu)
     nn.utils.clip_grad_norm_(network.parameters(), CLIP)
     optimizer.step()
     return loss.item()
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, config: FitConfig, step: int, steps: int) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, config: FitConfig, step: int, steps: int) -> None:
+    """Set the learning rate of a step: a linear rise, under a cosine that ends at 0 after ``steps``."""
     warm = min(1.0, (step + 1) / max(1.0, config.warmup * steps))
     for group in optimizer.param_groups:
         group["lr"] = config.lr * warm * (1 + math.cos(math.pi * step / steps)) / 2

@@ -11,7 +11,8 @@ import numpy as np
 
 from sparsecontrast.charts import Dot, Line, dot_chart, line_chart
 from sparsecontrast.classify.pictures import pictures
-from sparsecontrast.classify.run import Trained, run_cells
+from sparsecontrast.classify.run import run_cells
+from sparsecontrast.classify.trained import Trained
 from sparsecontrast.durable import write_bytes
 
 TEMPLATE = "report.html.j2"
@@ -40,7 +41,10 @@ def write_report(run: Trained, evaluation: dict[str, Any]) -> Path:
         seed=run.config.seed,
         labs=_labs(run),
         classes=evaluation["classes"],
-        images=run.facts["images"],
+        images={**run.facts["images"], "test": len(split.test)},
+        federated=run.federated is not None,
+        strategy=run.facts.get("strategy", ""),
+        local_only=_alone(evaluation.get("local_only", {})),
         share=evaluation["pixel_share"],
         words=evaluation["k"],
         patch=run.config.method.patch,
@@ -86,6 +90,15 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "–"
 
 
+def _alone(found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str, str, str]]:
+    """Rows (trained at, tested on, accuracy, macro-F1) of each lab's own model."""
+    return [
+        (lab, one["lab"], _words(one["accuracy"]), _words(one["macro_f1"]))
+        for lab, tested in found.items()
+        for one in tested
+    ]
+
+
 def _score_chart(evaluation: dict[str, Any]) -> Any:
     groups = []
     for title, key in (("macro-F1", "macro_f1"), ("accuracy", "accuracy")):
@@ -98,6 +111,8 @@ def _score_chart(evaluation: dict[str, Any]) -> Any:
 
 
 def _loss_chart(run: Trained) -> Any:
+    if run.federated is not None:
+        return _rounds_chart(run.rows)
     x = [row["epoch"] for row in run.rows]
     lines = [
         Line("held-out", x, [row["held_out_loss"] for row in run.rows]),
@@ -106,7 +121,21 @@ def _loss_chart(run: Trained) -> Any:
     return line_chart(lines, "loss by epoch", "epoch", "cross-entropy", zero=True)
 
 
+def _rounds_chart(rows: list[dict[str, Any]]) -> Any:
+    """The loss that each lab told of each round."""
+    labs = sorted({row["site"] for row in rows if row["site"] is not None})
+    told = {lab: [row for row in rows if row["site"] == lab and "loss" in row] for lab in labs}
+    lines = [
+        Line(lab, [row["round"] for row in found], [row["loss"] for row in found], "main", i)
+        for i, (lab, found) in enumerate(told.items())
+        if found
+    ]
+    return line_chart(lines, "loss by round", "round", "training loss", zero=True)
+
+
 def _k_chart(run: Trained) -> Any:
+    if run.federated is not None:
+        return None
     total = run.network.grid[0] * run.network.grid[1]
     x = [row["epoch"] for row in run.rows]
     lines = [

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ import numpy as np
 import torch
 import yaml
 
-from sparsecontrast.checkpoint import read_tensors, write_tensors
+from sparsecontrast.checkpoint import has_rounds, read_tensors, write_tensors
 from sparsecontrast.classify import scores
 from sparsecontrast.classify.augment import normalise
 from sparsecontrast.classify.cells import Cells, Split, class_weights, load_cells, split_cells
+from sparsecontrast.classify.federated_run import read_federated, read_local_only
 from sparsecontrast.classify.fit import BATCH, fit
 from sparsecontrast.classify.settings import ClassifyConfig, compose_classify
+from sparsecontrast.classify.trained import Trained
 from sparsecontrast.config import anchored, as_dict
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import CheckpointError, ConfigError, MissingDataError
@@ -35,17 +36,6 @@ from sparsecontrast.structure import build as build_dataclass
 CONFIG, METRICS, WEIGHTS, MODEL, EVALUATION = (
     "config.yaml", "metrics.jsonl", "model.safetensors", "model.json", "evaluation.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run folder, read back; ``facts`` is ``model.json``, ``rows`` are those of ``metrics.jsonl``."""
-
-    folder: Path
-    config: ClassifyConfig
-    network: SparseAttnNet
-    facts: dict[str, Any]
-    rows: list[dict[str, Any]]
 
 
 def train(config: ClassifyConfig, show: bool = True) -> Path:
@@ -90,13 +80,15 @@ def build(config: ClassifyConfig, cells: Cells, split: Split) -> SparseAttnNet:
 
 
 def read_trained(folder: str | Path, overrides: Sequence[str] = ()) -> Trained:
-    """Read a run folder.
+    """Read a run folder, of one machine or of a federation.
 
     Raises:
         MissingDataError: no such folder, or nothing was trained in it.
         CheckpointError: the weights are torn, changed, or of another network.
     """
     folder = anchored(folder)
+    if has_rounds(folder):
+        return read_federated(folder, overrides)
     if not (folder / MODEL).is_file() or not (folder / CONFIG).is_file():
         raise MissingDataError(
             f"{folder}: holds no trained classifier; run `sparsecontrast classify train` first"
@@ -136,12 +128,17 @@ def evaluate(run: Trained) -> dict[str, Any]:
         CheckpointError: the pictures have other classes than those of the run.
     """
     cells, split = run_cells(run)
-    said = probabilities(run.network, cells, split.test).argmax(axis=1)
+    bootstrap, seed = run.config.evaluation.bootstrap, run.config.seed
+
+    def judged(network: SparseAttnNet) -> list[dict[str, Any]]:
+        said = probabilities(network, cells, split.test).argmax(axis=1)
+        return judge(cells, split.test.numpy(), said, bootstrap, seed)
+
     found = {
         "classes": list(cells.classes), "k": run.network.k, "pixel_share": run.network.pixel_share(),
         "parameters": sum(p.numel() for p in run.network.parameters()),
-        "bootstrap": run.config.evaluation.bootstrap, "left_out": len(cells.left_out),
-        "tested": judge(cells, split.test.numpy(), said, run.config.evaluation.bootstrap, run.config.seed),
+        "bootstrap": bootstrap, "left_out": len(cells.left_out), "tested": judged(run.network),
+        "local_only": {lab: judged(network) for lab, network in read_local_only(run).items()},
     }  # fmt: skip
     write_bytes(run.folder / EVALUATION, json.dumps(found, indent=1, allow_nan=False).encode())
     return found
@@ -172,7 +169,8 @@ def run_cells(run: Trained) -> tuple[Cells, Split]:
     Raises:
         CheckpointError: they have other classes.
     """
-    cells = load_cells(run.config.cells, run.config.train.image_size)
+    classes = run.federated.classes if run.federated else None
+    cells = load_cells(run.config.cells, run.config.train.image_size, classes)
     if list(cells.classes) != run.facts["classes"]:
         raise CheckpointError(
             f"{run.folder}: trained on {', '.join(run.facts['classes'])}, but the pictures are of "

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Literal
 
 from sparsecontrast.config import hydra_tree, split_overrides
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.methods.sparse_attn_net import SparseAttnConfig
-from sparsecontrast.ranges import COUNT, INF, PIXELS, SEED, SHARE, WEIGHT, Bounds, check_range
+from sparsecontrast.ranges import COUNT, INF, PIXELS, SEED, SHARE, WEIGHT, Bounds, check_numbers
 from sparsecontrast.structure import build
 
 
@@ -125,13 +124,17 @@ def compose_classify(overrides: Sequence[str] | str = ()) -> ClassifyConfig:
             f"method={method.get('name')}: pretrains without labels; classify takes method=sparse_attn_net"
         )
     config = build(ClassifyConfig, {**tree, "overrides": tuple(words)}, "")
-    for key, bounds in RANGES.items():
-        check_range(key, attrgetter(key)(config), bounds)
-    _check_relations(config)
+    check_classify(config)
     return config
 
 
-def _check_relations(config: ClassifyConfig) -> None:
+def check_classify(config: ClassifyConfig) -> None:
+    """Refuse values that are well-typed but impossible, by themselves or beside each other.
+
+    Raises:
+        ConfigError: the first one found.
+    """
+    check_numbers(config, RANGES)
     m, c = config.method, config.cells
     wrong = {
         f"method.share_floor={m.share_floor}: must not lie above method.share={m.share}": (

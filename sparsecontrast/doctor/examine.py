@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from sparsecontrast.config import anchored, check, compose
-from sparsecontrast.doctor import images, machine, server, state
+from sparsecontrast.config import anchored, check
+from sparsecontrast.doctor import images, machine, pictures, server, state
 from sparsecontrast.doctor.finding import Check, Finding, guarded
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated.images import own_images
+from sparsecontrast.overrides import key_of
 from sparsecontrast.settings import Config, SiteConfig
 from sparsecontrast.site_file import SiteFile, read_site_file
 
@@ -30,9 +32,13 @@ def examine(site_yaml: Path) -> Iterator[Finding]:
         yield Finding("FAIL", "site", " ".join(str(error).split()), "mend site.yaml, then come back")
         return
     yield Finding("ok", "site", f"{told.name}: privacy {config.privacy.name}, egress {told.egress.approve}")
-    checks: dict[str, Check] = {
-        "disk": lambda: machine.disk(state_dir),
-        "data": lambda: images.images(config, state_dir),
+    groups = {key_of(word).split(".")[0] for word in told.overrides}
+    checks: dict[str, Check] = {"disk": lambda: machine.disk(state_dir)}
+    if "cells" in groups:
+        checks["cells"] = lambda: pictures.pictures(told.overrides)
+    if "data" in groups or "cells" not in groups:  # a lab of cells alone has no films
+        checks["data"] = lambda: images.images(config, state_dir)
+    checks |= {
         "ledger": lambda: state.ledger(config, state_dir),
         "egress": lambda: state.egress(state_dir, told.egress.approve == "manual"),
     }
@@ -44,7 +50,9 @@ def _read(path: Path) -> tuple[SiteFile, Config, Path]:
     told = read_site_file(path)
     state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
-        compose(told.overrides), site=SiteConfig(told.name, str(state_dir)), output_dir=str(state_dir)
+        own_images(told.overrides),
+        site=SiteConfig(told.name, str(state_dir)),
+        output_dir=str(state_dir),
     )
     check(config)
     return told, config, state_dir

@@ -59,7 +59,19 @@ class Choice(NamedTuple):
     focus: Tensor | None
 
 
-class Method(Protocol):
+class Shared(Protocol):
+    """An ``nn.Module`` of which a part is trained together with others."""
+
+    def shared_parameters(self) -> list[str]:
+        """Names in ``state_dict()`` that may leave a site."""
+        ...
+
+    def reset_local(self) -> None:
+        """Start the site's local parts anew from the shared ones: a site without a past."""
+        ...
+
+
+class Method(Shared, Protocol):
     """A pretraining method, an ``nn.Module``.
 
     ``per_sample`` is true only when row i's loss depends on row i alone; private training refuses
@@ -91,14 +103,6 @@ class Method(Protocol):
 
     def after_step(self) -> None:
         """Update what follows the weights (an EMA teacher) after an optimizer step."""
-        ...
-
-    def reset_local(self) -> None:
-        """Start the site's local parts anew from the shared ones: a site without a past."""
-        ...
-
-    def shared_parameters(self) -> list[str]:
-        """Names in ``state_dict()`` that may leave a site."""
         ...
 
     def metrics(self) -> dict[str, float]:

@@ -174,6 +174,9 @@ class SparseAttnNet(nn.Module):
         """Names in ``state_dict()`` that may leave a site: all are of the reader or of the coarse map."""
         return [name for name in self.state_dict() if name.startswith(SHARED)]
 
+    def reset_local(self) -> None:
+        """Start the site's local parts anew: there are none."""
+
     def metrics(self) -> dict[str, float]:
         """Scalars of the last step."""
         return {name: value.item() for name, value in self._last.items()}

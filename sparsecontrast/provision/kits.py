@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sparsecontrast.config import anchored
 from sparsecontrast.durable import new_folder, write_bytes
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated.cells import own_cells
 from sparsecontrast.provision.authority import (
     Authority,
     fingerprint,
@@ -180,7 +181,9 @@ def _data_paths(site: PlannedSite) -> list[str]:
     """Folders that a site's container must see."""
     data = site_config(site).data
     found = [str(anchored(data.root))] if data.root else []
-    return found + ([str(anchored(data.index).parent)] if data.index else [])
+    found += [str(anchored(data.index).parent)] if data.index else []
+    pictures = own_cells(site.overrides).root
+    return found + ([str(anchored(pictures))] if pictures else [])
 
 
 def _write(folder: Path, name: str, template: str, more: dict[str, Any]) -> None:

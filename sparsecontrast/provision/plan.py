@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsecontrast.config import check, compose
+from sparsecontrast.config import check
 from sparsecontrast.errors import ConfigError
+from sparsecontrast.federated.cells import own_cells
+from sparsecontrast.federated.images import own_images
 from sparsecontrast.provision.authority import public_key
 from sparsecontrast.ranges import check_range
 from sparsecontrast.settings import Config
@@ -52,7 +54,7 @@ class PlannedSite:
     Attributes:
         name: lower-case letters, digits and hyphens; names folders, keys and services.
         state_dir: absolute, on the hospital's machine.
-        overrides: of data, privacy and backbone, as in ``site.yaml``.
+        overrides: of data, cells, privacy and backbone, as in ``site.yaml``.
         egress: how answers leave.
         limits: of time and memory of one answer.
         app: ``installed``, or the SHA-256 of each bundle that may run.
@@ -154,8 +156,9 @@ def site_config(site: PlannedSite) -> Config:
         ConfigError: they cannot be.
     """
     told = parse_site_file(Path(f"sites.{site.name}"), site_yaml(site))
-    config = compose(told.overrides)
+    config = own_images(told.overrides)
     check(config)
+    own_cells(told.overrides)
     return config
 
 
