@@ -90,7 +90,9 @@ def _limits(message: Message, site: Site) -> Any:
     flat = payload.from_npy(message.content.array_records["arrays"]["flat"].data).astype("float32")
     wire = site.config.federation
     privacy, charged = site.config.privacy, None
-    if privacy.name != "none" and isinstance(site.config, Config):  # no other kind has a ledger to hold it
+    if privacy.name != "none":
+        if not isinstance(site.config, Config):  # no other kind has a ledger, so nothing of it can be private
+            raise EgressError(f"privacy={privacy.name}: no ledger holds a charge for this kind of run")
         from sparsecontrast.ledger import ledger_of
 
         config = message.content.config_records["config"]

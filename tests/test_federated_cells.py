@@ -375,6 +375,17 @@ def test_privacy_is_refused_and_never_trained_without(pictures, tmp_path):
     assert [row.kind for row in EgressLog(tmp_path / "north" / "state").rows()] == ["hello"]
 
 
+@pytest.mark.parametrize("epsilon", ["8", "null"])
+def test_weights_of_a_private_lab_are_held_back_even_if_they_were_trained(
+    pictures, tmp_path, monkeypatch, epsilon
+):
+    monkeypatch.setattr("sparsecontrast.classify.lab.refuse_privacy", lambda config: None)
+    node = lab(tmp_path, "north", pictures, "privacy=dp_sgd", f"privacy.target_epsilon={epsilon}")
+    with pytest.raises(FederationError, match="egress"):
+        serve([node], told(pictures, tmp_path / "out", *ALONE[:3]))
+    assert "no ledger holds a charge" in (tmp_path / "north" / "state" / "client.log").read_text()
+
+
 # ---- what comes of it
 
 
