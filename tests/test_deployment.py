@@ -173,7 +173,7 @@ def test_a_node_forks_its_clients_and_leaves_no_process_when_it_is_killed(federa
         target=federation.run, args=([*words, f"output_dir='{federation.folder / 'killed'}'"],)
     )
     asking.start()
-    until(lambda: pause(below(federation, template)[1:]))
+    until(lambda: pause(p for p in below(federation, template) if names([p]) == ["flwr-clientapp"]))
     family = below(federation, node.pid)
     assert {executor, template} < set(family) and names(family)[-1] == "flwr-clientapp"
     node.kill()
