@@ -5,8 +5,8 @@ round is reserved in the site's ledger before its first draw. Noise, patients, v
 from the operating system's randomness: a private round cannot be run again with the same bits, unless
 ``privacy.insecure_seed`` says that it protects nobody. See ``privacy.py`` for the mechanism.
 
-What a round tells besides weights: the steps, the share of tokens, epsilon, delta and sigma, all of them
-functions of the configuration and the ledger, and a rounded number of patients (``account.py``). Loss, image
+What a round tells besides weights: the steps, the share of tokens, epsilon, delta, sigma and how much of a
+step is noise, all of them functions of the configuration and the ledger, and a rounded number of patients (``account.py``). Loss, image
 counts and durations are withheld. How long the answer took shows on the wire, and is not covered.
 """
 
@@ -92,7 +92,7 @@ class PrivateTrainer:
                 engine.step(self._batches(sampler, images, patients, generator, step))
         finally:
             engine.close()
-        return TrainResult(told.patients, steps, None, None, self._told(receipt))
+        return TrainResult(told.patients, steps, None, None, self._told(receipt, engine.noise_to_signal))
 
     def _batches(
         self, sampler: PatientSampler, images: np.ndarray, patients: np.ndarray,
@@ -106,11 +106,11 @@ class PrivateTrainer:
     def _stream(self, word: str, round_number: int) -> SecureStream:
         return SecureStream(self.config.privacy.insecure_seed, f"{word} {self.site} {round_number}")
 
-    def _told(self, receipt: Receipt) -> dict[str, float]:
+    def _told(self, receipt: Receipt, noise_to_signal: float) -> dict[str, float]:
         """What may leave: nothing here was computed from an image."""
         told = {
             "epsilon": receipt.epsilon, "delta": receipt.policy.delta or 0.0,
-            "noise_multiplier": receipt.charge.noise_multiplier,
+            "noise_multiplier": receipt.charge.noise_multiplier, "noise_to_signal": noise_to_signal,
         }  # fmt: skip
         if self.config.privacy.insecure_seed is not None:
             told["insecure_noise"] = 1.0

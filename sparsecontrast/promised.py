@@ -40,7 +40,31 @@ def promised(run: Run) -> dict[str, Any] | None:
         "spent": all(line[-1] != "0" for line in lines),
         "meaning": MEANING,
         "not_covered": NOT_COVERED,
+        "price": _price(run),
     }  # fmt: skip
+
+
+def _price(run: Run) -> str:
+    """Say how much of what was learned from can be signal; empty where a site of an older version told none.
+
+    Means shrink noise: over sites of weights w and T steps of each, in which the signal stays, it falls to
+    sqrt(sum w^2 / T) / sum w of that in one step. An optimizer that rescales gradients changes both alike.
+    """
+    rows = [r for r in run.sites if "epsilon" in r and r.get("weight")]
+    if not rows or any("noise_to_signal" not in r for r in rows):
+        return ""
+    noise = sum((r["weight"] * r["noise_to_signal"]) ** 2 * r["steps"] for r in rows) ** 0.5
+    mean = noise / sum(r["weight"] * r["steps"] for r in rows)
+    steps, sites = sum(r["steps"] for r in rows), len({r["site"] for r in rows})
+    ratios = sorted({f"{r['noise_to_signal']:.2g}" for r in rows}, key=float)
+    return (
+        f"What it costs: in a step, the noise is {' to '.join(dict.fromkeys((ratios[0], ratios[-1])))} times "
+        f"as long as the gradients of all patients in it could be together, if every one pointed the same way. "
+        f"The mean over all {steps:,} steps of {sites} {'hospital' if sites == 1 else 'hospitals'} brings that down to {mean:.2g} at best; "
+        f"gradients of different patients hardly ever agree, so that most of a small signal may drown. Fewer "
+        f"trained weights, more patients, more hospitals and a larger epsilon help; a larger learning rate "
+        f"enlarges both."
+    )
 
 
 def _line(run: Run, site: str, last: Mapping[str, Any] | None) -> list[str]:

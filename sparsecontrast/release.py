@@ -19,7 +19,7 @@ from sparsecontrast.errors import EgressError, PayloadError
 COUNTS = ("num-examples", "steps", "state-round")
 PLAIN = (*COUNTS, "images", "seconds", "setup-seconds", "loss", "keep", "contrast", "chance_loss", "surprise",
          "distillation", "entropy", "sparsity", "low_resolution", "high_resolution")  # fmt: skip
-PRIVATE = (*COUNTS, "keep", "epsilon", "delta", "noise_multiplier", "insecure_noise")
+PRIVATE = (*COUNTS, "keep", "epsilon", "delta", "noise_multiplier", "noise_to_signal", "insecure_noise")
 STATUS = {"status", "site", "round", "run_key", "code", "version", "sites", "fingerprint", "idle"}
 WORD = re.compile(r"[^\x00-\x1f/\\]{0,128}")
 

@@ -106,7 +106,7 @@ def test_a_private_round_moves_all_that_trains_and_tells_what_no_image_decides(t
     base = {n: p.detach().clone() for n, p in m.named_parameters()}
     trainer = private(tmp_path, *told, method=m)
     result = trainer.run(*films(), 1, 2)
-    assert set(result.metrics) == {"epsilon", "delta", "noise_multiplier", "keep"}
+    assert set(result.metrics) == {"epsilon", "delta", "noise_multiplier", "noise_to_signal", "keep"}
     still = {n for n, p in m.named_parameters() if torch.equal(p, base[n])}
     assert still == {"backbone.coarse"}
 

@@ -116,6 +116,15 @@ def test_noise_has_its_deviation_and_two_sites_have_their_own():
     assert abs((one * two).mean()) < 5 / n**0.5
 
 
+def test_how_much_longer_the_noise_is_than_any_signal_is_known_beforehand():
+    method = library_method(VIT)
+    made = engine(method, clip=0.3, sigma=2.0)
+    noise = released(method, made, [])  # an empty draw: noise alone, in units of sigma C
+    told = made.optimizer.mechanism
+    largest = told.sample_rate * told.patients / told.noise_multiplier  # of the patients, in the same units
+    assert made.noise_to_signal == pytest.approx(float(noise.norm()) / largest, rel=0.02)
+
+
 def test_a_step_is_the_noised_sum_over_the_public_number():
     method = Tiny()
     made = engine(method, clip=0.05, sigma=0.7)

@@ -1,5 +1,7 @@
 """Hospitals with budgets of their own in one federation: what the server may say, and who goes on."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 
@@ -12,7 +14,8 @@ from tests.federations import rows, serve, words, write_images
 from tests.test_leaves import messages
 
 PRIVATE = ("privacy=dp_sgd", "privacy.steps_per_round=2", "privacy.sample_rate=0.5")
-METRICS = {"num-examples", "steps", "state-round", "epsilon", "delta", "noise_multiplier", "keep"}
+METRICS = {"num-examples", "steps", "state-round", "epsilon", "delta", "noise_multiplier", "noise_to_signal",
+           "keep"}  # fmt: skip
 
 
 def hospitals(folder, plans):
@@ -54,6 +57,20 @@ def test_a_spent_site_leaves_and_the_federation_goes_on(tmp_path):
     assert [line[0] for line in table["table"][1:]] == ["north", "south"]
     assert [line[-2:] for line in table["table"][1:]] == [["3", "0"], ["1", "1"]]
     assert not table["insecure"] and not table["open"] and not table["spent"]
+    assert "8 steps of 2 hospitals" in table["price"]
+
+
+def test_the_report_says_how_much_of_a_step_is_noise():
+    row = {"epsilon": 1.0, "delta": 1e-5, "noise_multiplier": 1.0, "steps": 3, "noise_to_signal": 6.0}
+    sites = [row | {"round": n, "site": s, "weight": 0.5} for n in (1, 2) for s in ("north", "south")]
+    config = SimpleNamespace(privacy=SimpleNamespace(insecure_seed=None))
+    price = promised(SimpleNamespace(sites=sites, config=config))["price"]
+    assert "the noise is 6 times" in price and "all 12 steps of 2 hospitals" in price
+    assert "down to 1.7 at best" in price  # 6 / sqrt(12)
+    old = [{k: v for k, v in r.items() if k != "noise_to_signal"} for r in sites]
+    assert promised(SimpleNamespace(sites=old, config=config))["price"] == ""
+    refused = [r | {"weight": 0.0} for r in sites]
+    assert promised(SimpleNamespace(sites=refused, config=config))["price"] == ""
 
 
 def test_the_end_of_every_budget_is_the_end_of_the_run_not_a_failure(tmp_path, caplog):

@@ -61,7 +61,7 @@ def test_only_what_no_image_decides_is_told(tmp_path):
     result = trainer.run(*films(), 1, 2)
     assert (result.steps, result.images, result.seconds) == (3, None, None)
     assert result.examples == 10  # of twelve patients
-    assert set(result.metrics) == {"epsilon", "delta", "noise_multiplier", "keep"}
+    assert set(result.metrics) == {"epsilon", "delta", "noise_multiplier", "noise_to_signal", "keep"}
     told = trainer.account.ledger.read().entries[-1]
     assert result.metrics["epsilon"] == told.epsilon <= 8
     assert trainer.account.cohort.fingerprint == told.cohort and told.charge.steps == 3
