@@ -6,8 +6,9 @@ from the operating system's randomness: a private round cannot be run again with
 ``privacy.insecure_seed`` says that it protects nobody. See ``privacy.py`` for the mechanism.
 
 What a round tells besides weights: the steps, the share of tokens, epsilon, delta, sigma and how much of a
-step is noise, all of them functions of the configuration and the ledger, and a rounded number of patients (``account.py``). Loss, image
-counts and durations are withheld. How long the answer took shows on the wire, and is not covered.
+step is noise, all of them functions of the configuration and the ledger, and a rounded number of patients
+(``account.py``). Loss, image counts and durations are withheld. How long the answer took shows on the wire,
+and is not covered.
 """
 
 from collections.abc import Iterator

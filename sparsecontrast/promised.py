@@ -57,13 +57,14 @@ def _price(run: Run) -> str:
     mean = noise / sum(r["weight"] * r["steps"] for r in rows)
     steps, sites = sum(r["steps"] for r in rows), len({r["site"] for r in rows})
     ratios = sorted({f"{r['noise_to_signal']:.2g}" for r in rows}, key=float)
+    times = ratios[0] if len(ratios) == 1 else f"{ratios[0]} to {ratios[-1]}"
     return (
-        f"What it costs: in a step, the noise is {' to '.join(dict.fromkeys((ratios[0], ratios[-1])))} times "
-        f"as long as the gradients of all patients in it could be together, if every one pointed the same way. "
-        f"The mean over all {steps:,} steps of {sites} {'hospital' if sites == 1 else 'hospitals'} brings that down to {mean:.2g} at best; "
-        f"gradients of different patients hardly ever agree, so that most of a small signal may drown. Fewer "
-        f"trained weights, more patients, more hospitals and a larger epsilon help; a larger learning rate "
-        f"enlarges both."
+        f"What it costs: in a step, the noise is {times} times as long as the gradients of all its patients "
+        f"could be together, if every one pointed the same way. The mean over all {steps:,} steps of "
+        f"{sites} {'hospital' if sites == 1 else 'hospitals'} brings that down to {mean:.2g} at best. But "
+        f"patients differ, and what their gradients share is smaller, so that it may drown. Fewer trained "
+        f"weights, more patients, more hospitals and a larger epsilon help; a larger learning rate enlarges "
+        f"noise and signal alike."
     )
 
 
