@@ -5,6 +5,7 @@ checked (``sparsecontrast.release``), approved by a person where the site wants 
 (``sparsecontrast.egress``); then it goes. What does not pass goes as a code.
 """
 
+import math
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _checked_training(message: Message, content: RecordDict, sites: Sequence[Sit
     metrics = dict(content.metric_records.get("metrics", MetricRecord()))
     release.check_weights(packed, limits)
     release.check_metrics(metrics, limits)
-    facts = {**release.told(packed), "metrics": metrics, "epsilon": limits.charged}
+    facts = {**release.told(packed), "metrics": metrics, "epsilon": (limits.scalars or {}).get("epsilon")}
     if site.egress.approve == "manual":
         config = message.content.config_records["config"]
         name = f"{config['run_key']}-{int(str(config['round'])):04d}"
@@ -89,16 +90,10 @@ def _limits(message: Message, site: Site) -> Any:
     came = {str(n): payload.parse_shape(str(s)) for n, s in zip(names, shapes, strict=True)}
     flat = payload.from_npy(message.content.array_records["arrays"]["flat"].data).astype("float32")
     wire = site.config.federation
-    privacy, charged = site.config.privacy, None
+    privacy, number, scalars = site.config.privacy, 0, None
     if privacy.name != "none":
-        if not isinstance(site.config, Config):  # no other kind has a ledger, so nothing of it can be private
-            raise EgressError(f"privacy={privacy.name}: no ledger holds a charge for this kind of run")
-        from sparsecontrast.ledger import ledger_of
-
-        config = message.content.config_records["config"]
-        entries = ledger_of(site.config, site.state_dir).read().entries
-        mine = [e.epsilon for e in entries if (e.run, e.round) == (config["run_key"], config["round"])]
-        charged = mine[-1] if mine else None
+        number = int(str(message.content.config_records["config"]["round"]))
+        scalars = _private_scalars(message, site, sum(math.prod(shape) for shape in came.values()))
     return release.Limits(
         came,
         flat,
@@ -106,8 +101,36 @@ def _limits(message: Message, site: Site) -> Any:
         wire.upload,
         wire.payload_dtype,
         privacy.target_epsilon,
-        charged,
+        number,
+        scalars,
     )
+
+
+def _private_scalars(message: Message, site: Site, weights: int) -> dict[str, float] | None:
+    """What the answer to a private round tells by the ledger's word; None where it holds no such round."""
+    if not isinstance(site.config, Config):  # no other kind has a ledger, so nothing of it can be private
+        raise EgressError(
+            f"privacy={site.config.privacy.name}: no ledger holds a charge for this kind of run"
+        )
+    from sparsecontrast.disclosure import disclosure, public_patients
+    from sparsecontrast.ledger import ledger_of
+
+    told = message.content.config_records["config"]
+    book = ledger_of(site.config, site.state_dir).read()
+    mine = [e for e in book.entries if (e.run, e.round) == (told["run_key"], told["round"])]
+    if not mine:
+        return None
+    entry = mine[-1]
+    patients = public_patients(site.config, len(book.members[entry.cohort]))
+    number, rounds, delta = (
+        int(str(told["round"])),
+        int(str(told["rounds"])),
+        book.policies[entry.cohort].delta,
+    )
+    scalars = disclosure(
+        site.config, entry.charge, entry.epsilon, delta or 0.0, patients, weights, number, rounds
+    )
+    return {"num-examples": patients, "steps": entry.charge.steps, **scalars}
 
 
 def _check_status(status: dict[str, Any]) -> None:

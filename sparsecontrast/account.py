@@ -10,13 +10,12 @@ from pathlib import Path
 
 from sparsecontrast.accounting import Charge
 from sparsecontrast.cohorts import Cohort, cohort_of
+from sparsecontrast.disclosure import public_patients
 from sparsecontrast.errors import PrivacyError
 from sparsecontrast.ledger import Ledger, Receipt, ledger_of
 from sparsecontrast.policy import Policy, policy_of
 from sparsecontrast.privacy import Mechanism
 from sparsecontrast.settings import Config
-
-COARSE = 10  # least step of a rounded number of patients
 
 
 @dataclass
@@ -86,16 +85,6 @@ def open_account(
     assert p.sample_rate and p.steps_per_round and p.planned_rounds, "checked by relations.py"
     steps = p.planned_rounds * p.steps_per_round
     sigma = p.noise_multiplier or ledger.plan(run, cohort, policy, p.sample_rate, steps)
-    public = p.public_patients or rounded_patients(len(cohort.digests))
+    public = public_patients(config, len(cohort.digests))
     mechanism = Mechanism(p.sample_rate, sigma, policy.max_grad_norm, public)
     return Account(ledger, run, cohort, policy, mechanism, p.steps_per_round)
-
-
-def rounded_patients(count: int) -> int:
-    """Round a number of patients down to two digits, or to tens below 100; at least 10.
-
-    It scales the steps and weighs the site. No noise covers it: it can betray one patient where the number
-    stands at a step. ``privacy.public_patients`` puts a constant in its place.
-    """
-    step = max(COARSE, 10 ** (len(str(count)) - 2))
-    return max(COARSE, count // step * step)

@@ -244,17 +244,6 @@ class PatientSGD:
             self.optimizer.clear()
         self.method.after_step()
 
-    @property
-    def noise_to_signal(self) -> float:
-        """Norm of a step's noise over the largest norm of its patients' sum: sigma sqrt(d) / (q N).
-
-        d weights have noise; q N patients of norm C at most are expected. Nothing of it depends on an image:
-        it says beforehand how much of a step can be signal, were all patients' gradients parallel.
-        """
-        told = self.optimizer.mechanism
-        weights = sum(p.numel() for p in self.optimizer.reached)
-        return told.noise_multiplier * weights**0.5 / (told.sample_rate * told.patients)
-
     def close(self) -> None:
         """Take the hooks off the method and forget what they held."""
         self.optimizer.clear()

@@ -5,15 +5,12 @@ round is reserved in the site's ledger before its first draw. Noise, patients, v
 from the operating system's randomness: a private round cannot be run again with the same bits, unless
 ``privacy.insecure_seed`` says that it protects nobody. See ``privacy.py`` for the mechanism.
 
-What a round tells besides weights: the steps, the share of tokens, epsilon, delta, sigma and how much of a
-step is noise, all of them functions of the configuration and the ledger, and a rounded number of patients
-(``account.py``). Loss, image counts and durations are withheld. How long the answer took shows on the wire,
-and is not covered.
+What a round tells besides weights stands in ``disclosure.py``. Loss, image counts and durations are withheld.
+How long the answer took shows on the wire, and is not covered.
 """
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from sparsecontrast.account import Account
 from sparsecontrast.batches import Views
+from sparsecontrast.disclosure import disclosure
 from sparsecontrast.ledger import Receipt
 from sparsecontrast.local_state import LocalState
 from sparsecontrast.methods.method import Batch, Method, refuse_coupled
@@ -93,7 +91,7 @@ class PrivateTrainer:
                 engine.step(self._batches(sampler, images, patients, generator, step))
         finally:
             engine.close()
-        return TrainResult(told.patients, steps, None, None, self._told(receipt, engine.noise_to_signal))
+        return TrainResult(told.patients, steps, None, None, self._told(receipt, round_number, rounds))
 
     def _batches(
         self, sampler: PatientSampler, images: np.ndarray, patients: np.ndarray,
@@ -107,16 +105,13 @@ class PrivateTrainer:
     def _stream(self, word: str, round_number: int) -> SecureStream:
         return SecureStream(self.config.privacy.insecure_seed, f"{word} {self.site} {round_number}")
 
-    def _told(self, receipt: Receipt, noise_to_signal: float) -> dict[str, float]:
-        """What may leave: nothing here was computed from an image."""
-        told = {
-            "epsilon": receipt.epsilon, "delta": receipt.policy.delta or 0.0,
-            "noise_multiplier": receipt.charge.noise_multiplier, "noise_to_signal": noise_to_signal,
-        }  # fmt: skip
-        if self.config.privacy.insecure_seed is not None:
-            told["insecure_noise"] = 1.0
-        metrics: dict[str, Any] = self.method.metrics()
-        return told | {key: metrics[key] for key in ("keep",) if key in metrics}
+    def _told(self, receipt: Receipt, round_number: int, rounds: int) -> dict[str, float]:
+        state, public = self.module.state_dict(), self.account.mechanism.patients
+        weights = sum(state[name].numel() for name in self.method.shared_parameters())
+        delta = receipt.policy.delta or 0.0
+        return disclosure(
+            self.config, receipt.charge, receipt.epsilon, delta, public, weights, round_number, rounds
+        )
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from sparsecontrast.errors import EgressError, PayloadError
 COUNTS = ("num-examples", "steps", "state-round")
 PLAIN = (*COUNTS, "images", "seconds", "setup-seconds", "loss", "keep", "contrast", "chance_loss", "surprise",
          "distillation", "entropy", "sparsity", "low_resolution", "high_resolution")  # fmt: skip
-PRIVATE = (*COUNTS, "keep", "epsilon", "delta", "noise_multiplier", "noise_to_signal", "insecure_noise")
 STATUS = {"status", "site", "round", "run_key", "code", "version", "sites", "fingerprint", "idle"}
 WORD = re.compile(r"[^\x00-\x1f/\\]{0,128}")
 
@@ -35,7 +34,9 @@ class Limits:
         upload: how the site's configuration sends weights up.
         dtype: fp32 or fp16, of what is not int8.
         target_epsilon: None where the site trains without differential privacy.
-        charged: epsilon that the ledger holds for this round of this run; None where it holds none.
+        round: of the run; the number of the round that a site's state is of is not above it.
+        scalars: what a private round tells, by the ledger's word (``disclosure.py``); None where the ledger
+            does not hold this round of this run.
     """
 
     shapes: payload.Shapes | None = None
@@ -44,7 +45,8 @@ class Limits:
     upload: str = "weights"
     dtype: str = "fp32"
     target_epsilon: float | None = None
-    charged: float | None = None
+    round: int = 0
+    scalars: Mapping[str, float] | None = None
 
 
 def check_status(status: Mapping[str, Any]) -> None:
@@ -71,8 +73,10 @@ def check_metrics(metrics: Mapping[str, Any], limits: Limits) -> None:
         EgressError: a foreign or missing name, a value that is no finite number, a private round that the
             ledger does not hold, or an epsilon above the promise.
     """
-    private = limits.target_epsilon is not None
-    foreign = sorted(set(metrics) - set(PRIVATE if private else PLAIN))
+    private, scalars = limits.target_epsilon is not None, limits.scalars
+    if private and scalars is None:
+        raise EgressError("a private round that the ledger does not hold")
+    foreign = sorted(set(metrics) - ({"state-round", *(scalars or ())} if private else set(PLAIN)))
     if foreign:
         kind = " of a private round" if private else ""
         raise EgressError(f"metrics{kind} hold {foreign[0][:40]!r}, which may not leave")
@@ -83,12 +87,20 @@ def check_metrics(metrics: Mapping[str, Any], limits: Limits) -> None:
     ]
     if odd:
         raise EgressError(f"metrics.{odd[0]}: not a finite number")
-    if limits.target_epsilon is None:
-        return
-    if limits.charged is None:
-        raise EgressError("a private round that the ledger does not hold")
-    if metrics.get("epsilon") != limits.charged or not limits.charged <= limits.target_epsilon:
-        raise EgressError("metrics.epsilon is not what the ledger holds, or above the promise")
+    if private:
+        _check_private(metrics, limits)
+
+
+def _check_private(metrics: Mapping[str, Any], limits: Limits) -> None:
+    """Hold the scalars of a private round to what configuration and ledger say: not a bit more may leave."""
+    scalars = limits.scalars or {}
+    wrong = sorted(name for name, value in scalars.items() if metrics.get(name) != value)
+    if wrong:
+        raise EgressError(f"metrics.{wrong[0]} is not what configuration and ledger say")
+    if scalars["epsilon"] > (limits.target_epsilon or 0.0):
+        raise EgressError("metrics.epsilon is above the promise")
+    if metrics.get("state-round", 0) not in range(limits.round + 1):
+        raise EgressError("metrics.state-round is not a round of this run")
 
 
 def check_weights(packed: payload.Payload, limits: Limits) -> None:

@@ -1,5 +1,6 @@
 """The last look: whatever the app says, only what may leave does, and the log knows of it first."""
 
+import functools
 import json
 import threading
 import time
@@ -99,6 +100,15 @@ def test_what_may_not_leave_is_held_back_and_the_server_hears_a_code(tmp_path, l
     assert kinds == ["hello"]  # the log tells of what left, and this did not
 
 
+SCALARS = ("num-examples", "steps", "delta", "noise_multiplier", "noise_to_signal", "keep")
+
+
+def changed(key, metrics):
+    """An app that hides something in the last digits of a number that may leave."""
+    assert metrics[key]
+    return {**metrics, key: metrics[key] + (1 if isinstance(metrics[key], int) else 1e-9)}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -106,8 +116,11 @@ def test_what_may_not_leave_is_held_back_and_the_server_hears_a_code(tmp_path, l
         lambda m: {k: v for k, v in m.items() if k != "epsilon"},
         lambda m: {**m, "epsilon": 0.1},
         lambda m: {**m, "seconds": 3.0},
+        *(functools.partial(changed, key) for key in SCALARS),
+        lambda m: {**m, "state-round": 7},
+        lambda m: {**m, "state-round": 0.25},
     ],
-    ids=["a loss", "no epsilon", "a smaller epsilon", "a duration"],
+    ids=["a loss", "no epsilon", "a smaller epsilon", "a duration", *SCALARS, "a later round", "no round"],
 )
 def test_a_private_round_tells_neither_more_nor_other_than_the_ledger(tmp_path, change):
     node = site(tmp_path, more=[*PRIVATE, "privacy.planned_rounds=2"])

@@ -7,17 +7,19 @@ import torch
 import yaml
 
 from sparsecontrast import checkpoint
+from sparsecontrast.account import open_account
 from sparsecontrast.config import compose
 from sparsecontrast.coupling import noise_batch
 from sparsecontrast.methods import build_method, miram
 from sparsecontrast.models import tokens
 from sparsecontrast.models.linear_attention import ATTENTIONS
 from sparsecontrast.overrides import assign, without
+from sparsecontrast.private_trainer import PrivateTrainer
 from sparsecontrast.row_gradients import RowGradients
 from tests.federations import FEDERATION, MODEL, rows, serve, write_images
 from tests.private import batch_of, brute_force_sum, clipped_sum, engine, take
 from tests.test_leaves import messages
-from tests.test_private_training import films, private
+from tests.test_private_training import KEY, films
 
 SMALL = ("method=miram", "backbone.img_size=32", "backbone.patch_size=4", "backbone.depth=1",
          "method.decoder_dim=16", "method.decoder_depth=1", "method.landmarks=8")  # fmt: skip
@@ -101,12 +103,19 @@ def test_bf16_rows_are_close_and_summed_in_float32(own_masks):
 
 
 def test_a_private_round_moves_all_that_trains_and_tells_what_no_image_decides(tmp_path):
-    told = without(list(SMALL), ["method"])
-    m = method_of("privacy=dp_sgd")
+    words = [
+        "privacy=dp_sgd",
+        "privacy.planned_rounds=2",
+        "privacy.steps_per_round=3",
+        "privacy.sample_rate=0.3",
+    ]
+    config = compose([*SMALL, *words, "train.batch_size=8"])
+    m = build_method(config)
     base = {n: p.detach().clone() for n, p in m.named_parameters()}
-    trainer = private(tmp_path, *told, method=m)
-    result = trainer.run(*films(), 1, 2)
+    account = open_account(config, tmp_path, "run", [f"p{code}" for code in films()[1]], KEY)
+    result = PrivateTrainer(m, config, "a", account).run(*films(), 1, 2)
     assert set(result.metrics) == {"epsilon", "delta", "noise_multiplier", "noise_to_signal", "keep"}
+    assert result.metrics["keep"] == m.metrics()["keep"]
     still = {n for n, p in m.named_parameters() if torch.equal(p, base[n])}
     assert still == {"backbone.coarse"}
 

@@ -7,7 +7,9 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from sparsecontrast import losses
+from sparsecontrast.accounting import Charge
 from sparsecontrast.config import compose
+from sparsecontrast.disclosure import disclosure
 from sparsecontrast.errors import ConfigError, MethodError
 from sparsecontrast.methods import build_method
 from sparsecontrast.noise import SecureStream
@@ -119,10 +121,15 @@ def test_noise_has_its_deviation_and_two_sites_have_their_own():
 def test_how_much_longer_the_noise_is_than_any_signal_is_known_beforehand():
     method = library_method(VIT)
     made = engine(method, clip=0.3, sigma=2.0)
-    noise = released(method, made, [])  # an empty draw: noise alone, in units of sigma C
-    told = made.optimizer.mechanism
-    largest = told.sample_rate * told.patients / told.noise_multiplier  # of the patients, in the same units
-    assert made.noise_to_signal == pytest.approx(float(noise.norm()) / largest, rel=0.02)
+    told, shared = made.optimizer.mechanism, method.shared_parameters()
+    before = {name: method.state_dict()[name].clone() for name in shared}
+    made.step([])  # an empty draw: noise alone
+    noise = sum((method.state_dict()[name] - before[name]).square().sum() for name in shared) ** 0.5
+    charge = Charge(told.noise_multiplier, told.sample_rate, 1)
+    count = sum(before[name].numel() for name in shared)
+    ratio = disclosure(compose(VIT), charge, 1.0, 1e-5, told.patients, count, 1, 1)["noise_to_signal"]
+    # q N patients of norm C, all alike, would move the weights by C
+    assert ratio == pytest.approx(float(noise) / told.max_grad_norm, rel=0.02)
 
 
 def test_a_step_is_the_noised_sum_over_the_public_number():

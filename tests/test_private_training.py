@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsecontrast.account import open_account, rounded_patients
+from sparsecontrast.account import open_account
 from sparsecontrast.config import compose
+from sparsecontrast.disclosure import public_patients
 from sparsecontrast.errors import BudgetSpentError, ConfigError, LedgerError, MethodError, PrivacyError
 from sparsecontrast.methods import build_method
 from sparsecontrast.private_trainer import PrivateTrainer
@@ -62,6 +63,7 @@ def test_only_what_no_image_decides_is_told(tmp_path):
     assert (result.steps, result.images, result.seconds) == (3, None, None)
     assert result.examples == 10  # of twelve patients
     assert set(result.metrics) == {"epsilon", "delta", "noise_multiplier", "noise_to_signal", "keep"}
+    assert result.metrics["keep"] == trainer.method.keep
     told = trainer.account.ledger.read().entries[-1]
     assert result.metrics["epsilon"] == told.epsilon <= 8
     assert trainer.account.cohort.fingerprint == told.cohort and told.charge.steps == 3
@@ -200,15 +202,8 @@ def test_another_key_of_pseudonyms_is_no_new_budget(tmp_path):
 
 
 def test_the_number_of_patients_is_told_in_steps_or_as_a_constant(tmp_path):
-    assert [rounded_patients(n) for n in (1, 9, 57, 99, 129, 1234, 98765)] == [
-        10,
-        10,
-        50,
-        90,
-        120,
-        1200,
-        98000,
-    ]
+    found = [public_patients(compose(WORDS), n) for n in (1, 9, 57, 99, 129, 1234, 98765)]
+    assert found == [10, 10, 50, 90, 120, 1200, 98000]
     account = private(tmp_path, "privacy.public_patients=7").account
     assert account.mechanism.patients == 7
 
