@@ -16,8 +16,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from benchmarks.rivals.blocks import layers, quarters
 from benchmarks.rivals.dynamic_vit import DynamicViT
-from benchmarks.rivals.evit import LAYERS, evit, stage_rate
+from benchmarks.rivals.evit import evit, stage_rate
 from benchmarks.rivals.low_resolution import all_coarse, at_size, equal_cost_size, low_resolution
 from benchmarks.rivals.masked import masked
 from benchmarks.rivals.random_drop import random_drop, random_patches
@@ -246,17 +247,17 @@ def _vit_encoder(contender: Contender, sparse: SparseViT, seed: int) -> Encoder:
     vit, keep, generator = sparse.vit, contender.keep, torch.Generator().manual_seed(seed)
     patches, (size, _) = vit.patch_embed.num_patches, vit.patch_embed.img_size
     small = equal_cost_size(size, vit.patch_embed.patch_size[0], keep)
+    stages = quarters(len(layers(vit)))
+    rate = stage_rate(keep, len(stages))
 
     def draw(x: Tensor) -> Tensor:
         return random_patches(len(x), patches, keep, generator).to(x.device)
 
     makers: dict[str, Callable[[], Encoder]] = {
         "dense": lambda: Encoder(vit, lambda net, x: net(x)),
-        "evit": lambda: Encoder(vit, lambda net, x: evit(net, x, stage_rate(keep))),
-        "evit_one_stage": lambda: Encoder(vit, lambda net, x: evit(net, x, keep, LAYERS[:1])),
-        "dynamic_vit": lambda: Encoder(
-            DynamicViT(vit, stage_rate(keep)), lambda net, x: net(x, generator)
-        ),
+        "evit": lambda: Encoder(vit, lambda net, x: evit(net, x, rate)),
+        "evit_one_stage": lambda: Encoder(vit, lambda net, x: evit(net, x, keep, stages[:1])),
+        "dynamic_vit": lambda: Encoder(DynamicViT(vit, rate), lambda net, x: net(x, generator)),
         "tome": lambda: Encoder(vit, lambda net, x: tome(net, x, merged_per_block(net, keep))),
         "random_drop": lambda: Encoder(vit, lambda net, x: random_drop(net, x, draw(x))),
         "masked": lambda: Encoder(vit, lambda net, x: masked(net, x, draw(x))),

@@ -222,7 +222,7 @@ def test_large_images_get_fewer_lines_on_a_cpu_only():
     assert len(set(on_gpu)) == len(on_gpu) > len(on_cpu)
 
 
-@pytest.mark.parametrize("method", [OURS, "dense", "evit"])
+@pytest.mark.parametrize("method", [OURS, "dense", "all_coarse"])
 def test_inference_in_bf16_is_that_of_weights_cast_once(method):
     work = build_workload(Contender(method, 0.5, "bf16"), MODEL, CPU)
     images = random_batch(32, 2, CPU, 0).first
