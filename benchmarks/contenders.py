@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,11 @@ import timm
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks.rivals.blocks import layers, quarters
 from benchmarks.rivals.dynamic_vit import DynamicViT
-from benchmarks.rivals.evit import LAYERS, evit, stage_rate
+from benchmarks.rivals.evit import evit, stage_rate
 from benchmarks.rivals.low_resolution import all_coarse, at_size, equal_cost_size, low_resolution
 from benchmarks.rivals.masked import masked
 from benchmarks.rivals.random_drop import random_drop, random_patches
@@ -28,6 +31,7 @@ from sparsecontrast.levels import STRIDE
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.methods.sparse_contrast import SparseContrast
+from sparsecontrast.models.sparse_cnn import timm_arguments
 from sparsecontrast.models.sparse_vit import SparseViT, build_sparse_vit
 from sparsecontrast.precision import Precision, prepare
 from sparsecontrast.settings import BackboneConfig, Config, MethodConfig
@@ -203,6 +207,12 @@ def is_vit(model: Model) -> bool:
     return model.configs()[0].name.startswith("vit_")
 
 
+def stock(model: Model) -> Contender:
+    """Timm's network as it comes: the dense one, but for a ResNet whose BatchNorm ours cannot have."""
+    batch_norm = not is_vit(model) and _has_batch_norm(model.configs()[0].name)
+    return Contender("stock" if batch_norm else "dense")
+
+
 def random_batch(size: int, images: int, device: torch.device, step: int) -> Batch:
     """Two views of noise: every shape is static, so no figure depends on what the images show."""
     generator = torch.Generator().manual_seed(step)
@@ -231,7 +241,11 @@ def _rival(
         sparse = build_sparse_vit(backbone, method.cell)
         encoder, dim = _vit_encoder(contender, sparse, seed), sparse.embed_dim
     else:
-        network: Any = timm.create_model(backbone.name, in_chans=1, num_classes=0)
+        # the network inside ours, and timm's own norms for stock alone
+        plain = {"model_name": backbone.name, "in_chans": 1, "num_classes": 0}
+        network: Any = timm.create_model(
+            **(plain if contender.method == "stock" else timm_arguments(backbone))
+        )
         size = backbone.img_size
         if contender.method == "low_resolution":
             size = equal_cost_size(size, STRIDE, contender.keep)
@@ -246,17 +260,17 @@ def _vit_encoder(contender: Contender, sparse: SparseViT, seed: int) -> Encoder:
     vit, keep, generator = sparse.vit, contender.keep, torch.Generator().manual_seed(seed)
     patches, (size, _) = vit.patch_embed.num_patches, vit.patch_embed.img_size
     small = equal_cost_size(size, vit.patch_embed.patch_size[0], keep)
+    stages = quarters(len(layers(vit)))
+    rate = stage_rate(keep, len(stages))
 
     def draw(x: Tensor) -> Tensor:
         return random_patches(len(x), patches, keep, generator).to(x.device)
 
     makers: dict[str, Callable[[], Encoder]] = {
         "dense": lambda: Encoder(vit, lambda net, x: net(x)),
-        "evit": lambda: Encoder(vit, lambda net, x: evit(net, x, stage_rate(keep))),
-        "evit_one_stage": lambda: Encoder(vit, lambda net, x: evit(net, x, keep, LAYERS[:1])),
-        "dynamic_vit": lambda: Encoder(
-            DynamicViT(vit, stage_rate(keep)), lambda net, x: net(x, generator)
-        ),
+        "evit": lambda: Encoder(vit, lambda net, x: evit(net, x, rate)),
+        "evit_one_stage": lambda: Encoder(vit, lambda net, x: evit(net, x, keep, stages[:1])),
+        "dynamic_vit": lambda: Encoder(DynamicViT(vit, rate), lambda net, x: net(x, generator)),
         "tome": lambda: Encoder(vit, lambda net, x: tome(net, x, merged_per_block(net, keep))),
         "random_drop": lambda: Encoder(vit, lambda net, x: random_drop(net, x, draw(x))),
         "masked": lambda: Encoder(vit, lambda net, x: masked(net, x, draw(x))),
@@ -264,6 +278,12 @@ def _vit_encoder(contender: Contender, sparse: SparseViT, seed: int) -> Encoder:
         "all_coarse": lambda: Encoder(sparse, all_coarse),
     }  # fmt: skip
     return makers[contender.method]()
+
+
+@lru_cache
+def _has_batch_norm(name: str) -> bool:
+    with torch.device("meta"):
+        return any(isinstance(part, _BatchNorm) for part in timm.create_model(name).modules())
 
 
 def _group(group: str, name: str, told: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ import torch
 from benchmarks.films import NAMES, load_films
 from benchmarks.overlap import Overlap, Scene, look, overlap
 from benchmarks.record import print_table, write_result
-from benchmarks.selectors import Protocol, Trial, selectors
+from benchmarks.selectors import NAMES as SELECTORS
+from benchmarks.selectors import Budget, Protocol, Trial, selectors
 from sparsecontrast.data.dataset import Dataset
 
 LUNGS = {"right_lung", "left_lung"}
@@ -37,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train and judge all selectors, print what decides, and record every row."""
     args = _arguments(argv)
     torch.set_num_threads(1)
-    protocol, budgets = (QUICK, QUICK_CELLS) if args.quick else (Protocol(), CELLS)
+    protocol, budgets = (QUICK, QUICK_CELLS) if args.quick else (Protocol(), tuple(args.cells))
     tallies = [Tally(*parts(load(args, protocol, data), data), protocol) for data in args.data]
     rows: list[dict[str, Any]] = []
     for number, seed in enumerate(args.seeds, 1):
         for tally in tallies:
-            tally.add(seed, budgets)
+            tally.add(seed, budgets, args.selectors)
         rows = [row for tally in tallies for row in tally.rows()]
         if args.json:  # whole seeds are kept should the rest not come to an end
             write_result("localisation", _command(args, args.seeds[:number]), rows, args.json)
@@ -60,20 +61,20 @@ class Tally:
         scenes: boxed images that they are judged on.
         protocol: of their training.
         judged: by scene, selector and number of kept cells, one a seed.
-        seconds: of each selector's training, one a seed.
+        spent: what each selector's training took, one a seed.
     """
 
     train: np.ndarray
     scenes: list[Scene]
     protocol: Protocol
     judged: dict[tuple[str, str, int], list[Overlap]] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    spent: dict[str, list[Budget]] = field(default_factory=dict)
 
-    def add(self, seed: int, budgets: Sequence[int]) -> None:
-        """Train all selectors from one seed and judge each at every number of kept cells."""
+    def add(self, seed: int, budgets: Sequence[int], names: Sequence[str] = SELECTORS) -> None:
+        """Train selectors from one seed and judge each at every number of kept cells."""
         grid = self.protocol.grid
-        for name, selector, spent in selectors(Trial(self.train, self.protocol, seed)):
-            self.seconds.setdefault(name, []).append(round(spent, 1))
+        for name, selector, spent in selectors(Trial(self.train, self.protocol, seed), names):
+            self.spent.setdefault(name, []).append(spent)
             for scene in self.scenes:
                 scores, excluded = look(scene, selector, grid, self.protocol.size)
                 for m in budgets:
@@ -85,13 +86,22 @@ class Tally:
     def rows(self) -> list[dict[str, Any]]:
         """One row a scene, selector, number of kept cells and group of boxes."""
         named = {scene.name: scene for scene in self.scenes}
-        p = self.protocol
-        facts = {"trained_on_images": len(self.train), "steps": p.steps, "contrast_steps": p.contrast_steps}
         return [
             row
             for (scene, name, m), judged in self.judged.items()
-            for row in _rows(named[scene], name, m, judged, p, facts | {"train_seconds": self.seconds[name]})
+            for row in _rows(named[scene], name, m, judged, self.protocol, self._budget(name))
         ]
+
+    def _budget(self, name: str) -> dict[str, Any]:
+        """What a selector learnt from and for how long; seconds and losses have one value a seed."""
+        spent = self.spent[name]
+        same = {
+            "trained_on_images": len(self.train),
+            "steps": spent[0]["steps"],
+            "step_images": spent[0]["step_images"],
+        }
+        each = [key for key in spent[0] if key not in same]
+        return same | {key: _rounded([one[key] for one in spent]) for key in each}
 
 
 def parts(dataset: Dataset, data: str) -> tuple[np.ndarray, list[Scene]]:
@@ -172,7 +182,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _command(args: argparse.Namespace, done: Sequence[int]) -> str:
     seeds = " ".join(map(str, done))
-    return f"python -m benchmarks.localisation --seeds {seeds}{' --quick' if args.quick else ''}"
+    told = "" if set(args.selectors) == set(SELECTORS) else f" --selectors {' '.join(args.selectors)}"
+    told += "" if tuple(args.cells) == CELLS else f" --cells {' '.join(map(str, args.cells))}"
+    return f"python -m benchmarks.localisation --seeds {seeds}{told}{' --quick' if args.quick else ''}"
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,6 +193,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default="outputs/localisation", help="folder of the decoded images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--data", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--selectors", nargs="+", default=list(SELECTORS), choices=SELECTORS)
+    parser.add_argument("--cells", type=int, nargs="+", default=list(CELLS), help="kept, of 49")
     parser.add_argument("--quick", action="store_true", help="phantoms of 64 pixels, two seeds, few steps")
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args(argv)

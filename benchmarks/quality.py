@@ -299,6 +299,7 @@ def _file(args: argparse.Namespace, data: str, seed: str, name: str) -> Path:
 def _command(args: argparse.Namespace) -> str:
     told = "" if args.method == "sparse_contrast" else f" --method {args.method}"
     told += "" if args.steps is None else f" --steps {args.steps}"
+    told += "" if args.arms is None else f" --arms {' '.join(args.arms)}"
     return f"python -m benchmarks.quality{told} --root {args.root}{' --quick' if args.quick else ''}"
 
 

@@ -106,9 +106,13 @@ class Trained:
     told: str = ""
 
 
-def told(arm: Any, protocol: Protocol) -> str:
-    """Say in words what decides a result besides data and seed; a file of other words is not reused."""
-    return f"{protocol} {arm}"
+def told(arm: Any, protocol: Any) -> str:
+    """Say in words what decides a result besides data and seed; a file of other words is not reused.
+
+    EViT's says where its tokens drop: once it was in the last of four blocks alone.
+    """
+    staged = isinstance(arm, Arm) and arm.contender.method == "evit"
+    return f"{protocol} {arm}{' drops at quarters of the depth' if staged else ''}"
 
 
 def equal_time_steps(dense: Trained, same: Trained) -> int:

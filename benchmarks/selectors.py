@@ -5,8 +5,9 @@ of the training images, as training draws them, from weights and batches of one 
 """
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,14 @@ from sparsecontrast.trainer import derive_seed, explicit_attention, lr_factor
 
 Selector = Callable[[Tensor], Tensor]  # images [B, 1, S, S] -> scores [B, cells]
 Objective = Callable[[Tensor, torch.Generator, int], Tensor]  # uint8 images, draws, step -> loss
+LAST = 20  # steps whose mean is the loss that is told
 VIEWS = Augmentation(area=(0.6, 1.0), degrees=7.0)  # configs/config.yaml
 ALONE = ("surprise", "reconstruction_error")  # learn without a backbone
 JOINTLY = ("distillation", "straight_through", "perturbed_top_k")  # learn with the contrast
 FIXED = ("prior_alone", "energy", "random")
+NAMES = (ALONE[0], "surprise_without_prior", *ALONE[1:], *JOINTLY, *FIXED)
+Budget = dict[str, float]  # steps, images of a step, CPU seconds; with the contrast also its loss and chance
+UNTRAINED: Budget = {"steps": 0, "step_images": 0, "train_seconds": 0.0}
 
 
 @dataclass(frozen=True)
@@ -86,22 +91,28 @@ class ReconstructionError(SurprisePredictor):
         return mean, torch.zeros_like(log_variance)
 
 
-def selectors(trial: Trial) -> Iterator[tuple[str, Selector, float]]:
-    """Yield each selector's name, itself, and the CPU seconds of its training."""
+def selectors(trial: Trial, names: Sequence[str] = NAMES) -> Iterator[tuple[str, Selector, Budget]]:
+    """Yield each selector's name, itself, and what its training took (``Budget``)."""
     for name in ALONE:
-        scorer, seconds = learn_alone(name, trial)
-        yield name, scorer, seconds
-        if name == "surprise":
+        asked = {name, "surprise_without_prior"} if name == "surprise" else {name}
+        if not asked & set(names):
+            continue
+        scorer, budget = learn_alone(name, trial)
+        if name in names:
+            yield name, scorer, budget
+        if "surprise_without_prior" in asked & set(names):
             bare = copy.deepcopy(scorer)
             bare.prior = torch.zeros_like(bare.prior)
-            yield "surprise_without_prior", bare, seconds
+            yield "surprise_without_prior", bare, budget
     for name in JOINTLY:
-        yield (name, *learn_jointly(name, trial))
+        if name in names:
+            yield (name, *learn_jointly(name, trial))
     for name in FIXED:
-        yield name, fixed(name, trial), 0.0
+        if name in names:
+            yield name, fixed(name, trial), UNTRAINED
 
 
-def learn_alone(name: str, trial: Trial) -> tuple[SurprisePredictor, float]:
+def learn_alone(name: str, trial: Trial) -> tuple[SurprisePredictor, Budget]:
     """Train a scorer whose loss needs no backbone; one view of each image a step."""
     p, kind = trial.protocol, SurprisePredictor if name == "surprise" else ReconstructionError
     with _weights_of(trial):
@@ -110,10 +121,10 @@ def learn_alone(name: str, trial: Trial) -> tuple[SurprisePredictor, float]:
     def objective(pixels: Tensor, generator: torch.Generator, _: int) -> Tensor:
         return scorer.read(random_view(pixels, generator, p.size, VIEWS)[0])[1].mean()
 
-    return scorer, _train(scorer, objective, trial, p.steps, p.batch, p.lr)
+    return scorer, _train(scorer, objective, trial, p.steps, p.batch, p.lr)[0]
 
 
-def learn_jointly(name: str, trial: Trial) -> tuple[nn.Module, float]:
+def learn_jointly(name: str, trial: Trial) -> tuple[nn.Module, Budget]:
     """Train the whole contrastive method and return its scorer."""
     p = trial.protocol
     with _weights_of(trial):
@@ -127,7 +138,13 @@ def learn_jointly(name: str, trial: Trial) -> tuple[nn.Module, float]:
         with torch.autocast("cpu", torch.bfloat16):
             return module(Batch(first, second, torch.arange(len(first)), generator, step)).mean()
 
-    return scorer, _train(module, objective, trial, p.contrast_steps, p.contrast_batch, p.contrast_lr)
+    told = (p.contrast_steps, p.contrast_batch, p.contrast_lr)
+    budget, losses = _train(module, objective, trial, *told)
+    contrast = {
+        "contrast_loss": float(np.mean(losses[-LAST:])),
+        "chance_loss": math.log(budget["step_images"]),
+    }
+    return scorer, budget | contrast
 
 
 def fixed(name: str, trial: Trial) -> Selector:
@@ -161,21 +178,25 @@ def _contrastive(name: str, trial: Trial) -> tuple[nn.Module, nn.Module, Callabl
     return contrast(encoder, method), encoder.saliency, lambda: None
 
 
-def _train(module: nn.Module, objective: Objective, trial: Trial, steps: int, batch: int, lr: float) -> float:
-    """Train in place and return the CPU seconds it took, views included."""
+def _train(
+    module: nn.Module, objective: Objective, trial: Trial, steps: int, batch: int, lr: float
+) -> tuple[Budget, list[float]]:
+    """Train in place; returns what it took, views included, and the loss (of a method: contrast) by step."""
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.95), weight_decay=0.05)
     generator = torch.Generator().manual_seed(derive_seed(trial.seed, "batches"))
-    size, start = min(batch, len(trial.images)), time.process_time()
+    size, losses, start = min(batch, len(trial.images)), [], time.process_time()
     for step in range(steps):
         drawn = torch.randperm(len(trial.images), generator=generator)[:size].sort().values.numpy()
         for group in optimizer.param_groups:
             group["lr"] = lr * lr_factor(step, steps, 0.1)
         optimizer.zero_grad(set_to_none=True)
-        objective(torch.from_numpy(trial.images[drawn]), generator, step).backward()
+        loss = objective(torch.from_numpy(trial.images[drawn]), generator, step)
+        loss.backward()
         optimizer.step()
+        losses.append(getattr(module, "metrics", dict)().get("loss", float(loss.detach())))
     module.eval()
-    return time.process_time() - start
+    return {"steps": steps, "step_images": size, "train_seconds": time.process_time() - start}, losses
 
 
 @contextmanager

@@ -13,8 +13,11 @@ reference's memory; two references:
 
 - ``equal_precision``: dense timm at the row's precision, fused or explicit attention, whichever was faster
   in this very measurement (for memory: whichever needs less); int8 (linear layers alone, dynamic
-  quantisation) is for inference on a CPU;
-- ``stock_fp32``: dense timm as it comes, fp32 with fused attention, not compiled.
+  quantisation) is for inference on a CPU; of a ResNet with GroupNorm, as ours;
+- ``stock_fp32``: dense timm as it comes, fp32 with fused attention, not compiled; ResNet-18 has BatchNorm,
+  and lines of its own (``stock``).
+
+``keep`` is what was asked for, ``fine_cells`` and ``token_share`` what that comes to (``shares.py``).
 
 Medians of paired ratios with their 5 % and 95 % quantiles. On a CPU ``cost_ms`` is CPU time of one
 thread; on a GPU time between CUDA events. Rivals infer at the share they trained with, though
@@ -44,13 +47,14 @@ from benchmarks.contenders import (
     build_workload,
     is_vit,
     random_batch,
+    stock,
 )
 from benchmarks.memory import training_memory
 from benchmarks.record import machine, print_table, write_result
-from benchmarks.stopwatch import Part, Ratio, Times, cuda_clock, interleave, ratio
+from benchmarks.sparsity_rows import Cell, fold
+from benchmarks.stopwatch import Part, cuda_clock, interleave
 from sparsecontrast.errors import MethodError
 from sparsecontrast.levels import STRIDE
-from sparsecontrast.precision import Precision
 
 NAMES = {"tiny": "vit_tiny", "small": "vit_small", "base": "vit_base"}
 MODELS = ("tiny", "small", "convnext_atto", "convnext_tiny", "resnet18", "resnet50")
@@ -69,7 +73,6 @@ SHOWN = {
     "ratio_equal_precision_high": "high", "ratio_stock_fp32": "x stock fp32",
     "peak_share_equal_precision": "peak", "saved_share_equal_precision": "saved",
 }  # fmt: skip
-STOCK = Contender("dense")
 
 
 @dataclass(frozen=True)
@@ -85,24 +88,6 @@ class Protocol:
 
 
 QUICK = Protocol(keeps=(0.5, 0.25), repeats=(2, 2), batch=2, full=False)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is measured together: one model at one precision, compiled or not."""
-
-    model: Model
-    precision: Precision
-    compiled: bool
-
-    def key(self) -> dict[str, Any]:
-        """Name the cell in its rows."""
-        changes = " ".join(f"{name}={value}" for name, value in self.model.changes)
-        return {
-            "backbone": self.model.backbone, "size_px": self.model.size,
-            "cell": self.precision + (" compiled" if self.compiled else ""),
-            **({"changes": changes} if changes else {}),
-        }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,8 +139,9 @@ def cells(
 
 def references(cell: Cell, device: torch.device) -> list[Contender]:
     """Name the dense models: stock first, then those at the cell's precision."""
-    dense = replace(STOCK, precision=cell.precision, compiled=cell.compiled)
-    found = [STOCK] if dense == STOCK else [STOCK, dense]
+    first = stock(cell.model)
+    dense = Contender("dense", precision=cell.precision, compiled=cell.compiled)
+    found = [first] if dense == first else [first, dense]
     # CNNs have no attention; in fp32 on a CPU the explicit one only grows slower with the tokens
     hopeless = cell.precision == "fp32" and device.type == "cpu" and cell.model.size > 224
     return found if hopeless or not is_vit(cell.model) else [*found, replace(dense, attention="explicit")]
@@ -198,7 +184,7 @@ def measure(cell: Cell, protocol: Protocol, device: torch.device) -> list[dict[s
     rows: list[dict[str, Any]] = []
     for start in range(0, len(others), size):
         found = _measure_group(cell, dense, others[start : start + size], protocol, device)
-        rows += found if not start else [row for row in found if row["method"] != "dense"]
+        rows += found if not start else [r for r in found if r["method"] not in ("dense", "stock")]
     order = {phase: number for number, phase in enumerate(PHASES)}
     return sorted(rows, key=lambda row: order[row["phase"]])
 
@@ -226,7 +212,7 @@ def _measure_group(
             parts = {c: w.parts(phase) if isinstance(w, Alone) else w[phase] for c, w in works.items()}
             clock = remote_clock if alone else cuda_clock
             times = interleave(parts, dense, clock, protocol.repeats, protocol.seconds)
-            rows += _rows(cell, phase, images[phase], times, dense, memory if phase == "train" else {})
+            rows += fold(cell, phase, images[phase], times, dense, memory if phase == "train" else {})
         return rows
     finally:
         for work in works.values():
@@ -257,42 +243,6 @@ def _parts(work: Workload, model: Model, phase: str, images: int) -> list[Part]:
         return [(1.0, lambda: work.step(plain))]
     taught = random_batch(model.size, images, work.device, 0)
     return [(1.0, lambda: work.step(taught)), (work.cycle - 1.0, lambda: work.step(plain))]
-
-
-def _rows(
-    cell: Cell, phase: str, images: int, times: dict[Contender, Times], dense: list[Contender],
-    memory: dict[Contender, dict[str, float]],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Fold one phase of a cell into one row a contender."""
-    equal = [c for c in dense if c.precision == cell.precision and c.compiled == cell.compiled]
-    fastest = max(equal, key=lambda c: ratio(times[equal[0]], times[c]).median)
-    rows = []
-    for contender, time in times.items():
-        told = {
-            **cell.key(), "precision": contender.precision, "compiled": contender.compiled,
-            "method": contender.method, "keep": contender.keep, "attention": contender.attention,
-            "phase": phase, "images": images, "reference_attention": fastest.attention,
-            **_spread("ratio_equal_precision", ratio(times[fastest], time)),
-            **_spread("ratio_stock_fp32", ratio(times[STOCK], time)),
-            "cost_ms": 1e3 * _median(time.cost), "wall_ms": 1e3 * _median(time.wall),
-            "repeats": len(time.cost),
-        }  # fmt: skip
-        for name, value in memory.get(contender, {}).items():
-            what = name.removesuffix("_mib")
-            told[name] = value
-            least = [memory[c][name] for c in equal if name in memory[c]]
-            told |= {f"{what}_share_equal_precision": value / min(least)} if least else {}
-            told |= {f"{what}_share_stock_fp32": value / memory[STOCK][name]}
-        rows.append(told)
-    return rows
-
-
-def _spread(name: str, found: Ratio) -> dict[str, float]:
-    return {name: found.median, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _of_size(table: dict[int, int], model: Model) -> int:

@@ -10,17 +10,18 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cells_table import cells
 from benchmarks.committed import Rows, markdown, rows
+from benchmarks.sparsity_table import sparsity, speed
 
 HERE = Path(__file__).parent
 READMES = (HERE / "README.md", HERE.parent / "README.md")
 MARKED = re.compile(r"(<!-- table (?P<name>\S+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-OURS = {"sparse_contrast": "**SparseContrast**", "ours": "**ours**", "surprise": "**surprise**"}
+OURS = {"ours": "**ours**", "surprise": "**surprise**"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,73 +46,23 @@ def fill(text: str) -> str:
     return MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n\n", text)
 
 
-def sparsity(precisions: Sequence[str] = (), keeps: Sequence[float] = ()) -> str:
-    """Time and memory of every contender, one table a model, size and precision; all, or these alone."""
-    found: dict[tuple[str, int, str], dict[tuple[str, float, str], dict[str, Any]]] = {}
-    for row in rows("sparsity-*.json"):
-        if (precisions and row["cell"] not in precisions) or (keeps and row["keep"] not in keeps):
-            continue
-        cell = found.setdefault((row["backbone"], row["size_px"], row["cell"]), {})
-        cell.setdefault((row["method"], row["keep"], row["attention"]), {})[row["phase"]] = row
-    tables = {key: markdown(SPARSITY_HEAD, list(_contenders(cell, key[2]))) for key, cell in found.items()}
-    return "\n\n".join(f"{key[0]}, {key[1]} px, {key[2]}:\n\n{table}" for key, table in tables.items())
-
-
-def speed(keeps: Sequence[float]) -> str:
-    """SparseContrast at some shares of the tokens, one line a network, size and precision."""
-    found: dict[tuple[str, int, float, str], dict[str, dict[str, Any]]] = {}
-    for row in rows("sparsity-*.json"):
-        if row["method"] == "sparse_contrast" and row["keep"] in keeps:
-            key = (row["backbone"], row["size_px"], row["keep"], row["cell"])
-            found.setdefault(key, {})[row["phase"]] = row
-    body = []
-    for (backbone, size, keep, cell), phases in sorted(found.items(), key=lambda item: item[0][:2]):
-        figures = [phases.get(phase, {}).get(key) for phase, key in SPEED_COLUMNS]
-        told = ["–" if f is None else f"{f:.2f}" for f in figures]
-        body.append([backbone.replace("_", "-"), str(size), cell, f"{keep:.2g}", *told])
-    return markdown(SPEED_HEAD, body)
-
-
-SPEED_HEAD = (
-    "network", "px", "precision", "kept", "train x equal", "x stock", "infer x equal", "x stock", "peak",
-)  # fmt: skip
-SPARSITY_HEAD = (
-    "method", "kept", "train x equal", "x stock", "infer x equal", "x stock", "one image x equal", "x stock",
-    "saved", "peak",
-)  # fmt: skip
-SPARSITY_COLUMNS = (
-    ("train", "ratio_equal_precision"), ("train", "ratio_stock_fp32"), ("infer_n", "ratio_equal_precision"),
-    ("infer_n", "ratio_stock_fp32"), ("infer_1", "ratio_equal_precision"), ("infer_1", "ratio_stock_fp32"),
-    ("train", "saved_share_equal_precision"), ("train", "peak_share_equal_precision"),
-)  # fmt: skip
-
-SPEED_COLUMNS = (*SPARSITY_COLUMNS[:4], SPARSITY_COLUMNS[-1])
-
-
-def _contenders(cell: dict[tuple[str, float, str], dict[str, Any]], precision: str) -> Iterator[list[str]]:
-    for (method, keep, _), phases in cell.items():
-        one = phases["infer_n"]
-        if method == "dense" and (
-            one["precision"] not in precision or one["compiled"] != ("compiled" in precision)
-        ):
-            continue  # the stock reference, which has its own table
-        name = method.replace("_", " ") + (f" ({one['attention']})" if method == "dense" else "")
-        figures = [phases.get(phase, {}).get(key) for phase, key in SPARSITY_COLUMNS]
-        yield [OURS.get(method, name), f"{keep:.2g}", *("–" if f is None else f"{f:.2f}" for f in figures)]
-
-
 BAR = (("phantoms", 7, "2 and more"), ("multisite", 7, "2 and more"))
 GROUPS = (
     BAR[0], ("phantoms", 7, "2 to 8"), ("phantoms", 7, "under 2"), ("phantoms", 12, "2 and more"), BAR[1],
     ("multisite", 7, "all"), ("multisite", 12, "all"),
 )  # fmt: skip
+FEW = tuple((data, m, "2 and more") for data in ("phantoms", "multisite") for m in (1, 3))
 
 
-def localisation(asked: Sequence[tuple[str, int, str]]) -> str:
+def localisation(asked: Sequence[tuple[str, int, str]], file: str = "localisation-cpu.json") -> str:
     """Recall over chance of every selector, the mean of the seeds and the worst; how alike choices are."""
-    found = {(r["selector"], r["data"], r["m"], r["group"]): r for r in rows("localisation-cpu.json")}
+    found = {(r["selector"], r["data"], r["m"], r["group"]): r for r in rows(file)}
     names = {"phantoms": "phantoms", "multisite": "real"}
-    head = ["selector", *(f"{names[data]}, {m} cells, {group}" for data, m, group in asked), "same"]
+    head = [
+        "selector",
+        *(f"{names[data]}, {m} {'cells' if m > 1 else 'cell'}, {group}" for data, m, group in asked),
+        "same",
+    ]
     body = []
     for selector in dict.fromkeys(key[0] for key in found):
         same = statistics.mean(found[selector, "phantoms", 7, "all"]["sameness"])
@@ -123,8 +74,7 @@ def localisation(asked: Sequence[tuple[str, int, str]]) -> str:
 def _over_chance(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
-    ratios = [value / row["chance"] for value in row["recall"]]
-    return f"{statistics.mean(ratios):.2f} ({min(ratios):.2f})"
+    return f"{statistics.mean(row['over_chance']):.2f} ({min(row['over_chance']):.2f})"
 
 
 PHANTOMS = (("all findings", "macro"), ("by size", "lesion under 2 patches"), ("by size", "larger lesion"))
@@ -332,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "privacy": privacy,
     "cells": cells,
     "localisation": lambda: localisation(GROUPS),
+    "localisation-few": lambda: localisation(FEW, "localisation-few-cells-cpu.json"),
     "localisation-bar": lambda: localisation(BAR),
     "quality-phantoms": lambda: quality("phantoms", PHANTOMS),
     "quality-real": lambda: quality("multisite", REAL),

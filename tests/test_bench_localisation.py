@@ -12,7 +12,16 @@ from benchmarks import localisation
 from benchmarks.overlap import Scene, iou, overlap
 from benchmarks.rivals.perturbed import perturbed_top_k, unit_range
 from benchmarks.rivals.relaxed import ChangedViT, PerturbedTopK, StraightThrough, straight_through
-from benchmarks.selectors import FIXED, JOINTLY, Protocol, ReconstructionError, Trial, learn_alone, selectors
+from benchmarks.selectors import (
+    FIXED,
+    JOINTLY,
+    Protocol,
+    ReconstructionError,
+    Trial,
+    learn_alone,
+    learn_jointly,
+    selectors,
+)
 from sparsecontrast.config import compose
 from sparsecontrast.models import tokens
 from sparsecontrast.models.saliency import EXCLUDED, excluded_cells
@@ -137,6 +146,22 @@ def test_every_selector_scores_every_cell_and_the_seed_decides():
     assert torch.equal(again, found["surprise"]) and not torch.equal(other, found["surprise"])
 
 
+def test_selectors_that_are_not_asked_for_are_not_trained(monkeypatch):
+    monkeypatch.setattr("benchmarks.selectors.learn_jointly", None)
+    asked = ("surprise_without_prior", "random")
+    assert tuple(name for name, *_ in selectors(trial(), asked)) == asked
+    assert tuple(name for name, *_ in selectors(trial(), ("reconstruction_error",))) == (
+        "reconstruction_error",
+    )
+
+
+def test_the_contrast_that_is_told_is_that_of_the_loss_alone():
+    """Distillation's loss has terms of the scorer besides; a batch of four is at chance at the start."""
+    _, budget = learn_jointly("distillation", trial())
+    assert budget["chance_loss"] == pytest.approx(math.log(4)) and budget["steps"] == 2
+    assert 0.5 < budget["contrast_loss"] < 2.5
+
+
 def test_overlap_of_a_known_choice():
     boxes = np.array([[0.0, 0, 8, 8], [8, 0, 8, 16]])  # cell 0; cells 1 and 5
     scene = Scene("x", np.zeros((1, 32, 32), dtype=np.uint8), [boxes], [["a", "b"]])
@@ -161,6 +186,14 @@ def test_the_quick_benchmark_writes_rows_that_add_up(tmp_path, capsys):
         assert row["worst_seed"] == pytest.approx(min(row["recall"]) / row["chance"], abs=1e-3)
     whole = next(r for r in rows if r["selector"] == "prior_alone" and r["by"] == "all")
     assert whole["foretold"] == [1.0, 1.0] and whole["train_seconds"] == [0.0, 0.0]
+    spent = {r["selector"]: (r["steps"], r["step_images"]) for r in rows if r["by"] == "all"}
+    assert spent == dict.fromkeys(names - {*JOINTLY, *FIXED}, (20, 16)) | dict.fromkeys(JOINTLY, (2, 8)) | {
+        name: (0, 0) for name in FIXED
+    }
+    joint = [r for r in rows if r["selector"] in JOINTLY and r["by"] == "all"]
+    assert all(r["chance_loss"] == [pytest.approx(math.log(8), abs=1e-3)] * 2 for r in joint)
+    assert all(len(r["contrast_loss"]) == 2 and min(r["contrast_loss"]) > 0.1 for r in joint)
+    assert not any("contrast_loss" in r for r in rows if r["selector"] not in JOINTLY)
     kinds = [r["boxes"] for r in rows if r["selector"] == "energy" and r["by"] == "kind" and r["m"] == 2]
     assert sum(kinds) == whole["boxes"]
     assert "worst seed in brackets" in capsys.readouterr().out

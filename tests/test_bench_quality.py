@@ -77,6 +77,29 @@ def test_what_is_kept_is_read_again(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["dense.npz"]
 
 
+def test_every_rival_of_the_protocol_ends_with_the_share_that_is_kept():
+    """EViT's fused token, CLS and three roundings come on top; DynamicViT has none of them but CLS."""
+    protocol = qa.Protocol()
+    side = protocol.size // protocol.patch
+    for name in ("evit", "tome", "patch_dropout"):
+        work, seen = qa.build_arm(qa.arms(protocol)[name], protocol, 0), []
+        work.module.encoder.network.norm.register_forward_pre_hook(
+            lambda _, a, s=seen: s.append(a[0].shape[1])
+        )
+        work.infer(torch.zeros(1, 1, protocol.size, protocol.size))
+        assert protocol.keep * side**2 - 1 <= seen[0] - 1 <= protocol.keep * side**2 + 5, name
+
+
+def test_runs_of_the_former_evit_are_not_reused_and_those_of_other_arms_are(tmp_path):
+    args = quality._arguments(["--quick", "--out", str(tmp_path)])
+    for name in ("dense", "evit"):
+        former = qa.Trained({"own": np.zeros((1, 1))}, {"steps": 2.0}, f"{TINY} {ARMS[name]}")
+        qa.save(former, quality._file(args, "phantoms", "0", name))
+    assert quality._trained(args, TINY, ("phantoms", "0", "dense"))
+    with pytest.raises(SystemExit, match="delete it"):
+        quality._trained(args, TINY, ("phantoms", "0", "evit"))
+
+
 def test_a_run_of_another_protocol_is_never_taken_for_this_one(tmp_path):
     args = quality._arguments(["--quick", "--out", str(tmp_path)])
     job = ("phantoms", "0", "dense")

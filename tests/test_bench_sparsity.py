@@ -222,7 +222,7 @@ def test_large_images_get_fewer_lines_on_a_cpu_only():
     assert len(set(on_gpu)) == len(on_gpu) > len(on_cpu)
 
 
-@pytest.mark.parametrize("method", [OURS, "dense", "evit"])
+@pytest.mark.parametrize("method", [OURS, "dense", "all_coarse"])
 def test_inference_in_bf16_is_that_of_weights_cast_once(method):
     work = build_workload(Contender(method, 0.5, "bf16"), MODEL, CPU)
     images = random_batch(32, 2, CPU, 0).first
@@ -234,3 +234,34 @@ def test_inference_in_bf16_is_that_of_weights_cast_once(method):
         exact = work.encode(work.module, images)
     assert not torch.equal(got, exact)
     torch.testing.assert_close(got.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_a_resnets_reference_has_the_norms_of_ours_and_stock_timms_own():
+    tiles = (("backbone.tiles", 7),)
+    resnet, convnext = (Model(name, 224, tiles) for name in ("resnet18", "convnext_atto"))
+    first, dense = sparsity.references(sparsity.Cell(resnet, "fp32", False), CPU)
+    assert (first.method, dense) == ("stock", Contender("dense"))
+    assert sparsity.references(sparsity.Cell(convnext, "fp32", False), CPU) == [Contender("dense")]
+
+    def norms(contender):
+        parts = build_workload(contender, resnet, CPU).module.modules()
+        return {name for part in parts if "Norm2d" in (name := type(part).__name__) or name == "GroupNorm"}
+
+    assert norms(first) == {"BatchNorm2d"}
+    assert (
+        norms(dense)
+        == norms(Contender("low_resolution", 0.5))
+        == norms(Contender(OURS, 0.5))
+        == {"GroupNorm"}
+    )
+
+
+def test_stock_is_never_the_reference_at_equal_precision():
+    cell = sparsity.Cell(Model("resnet18", 224, (("backbone.tiles", 7),)), "fp32", False)
+    first, dense, ours = Contender("stock"), Contender("dense"), Contender(OURS, 0.25)
+    times = {c: stopwatch.Times([s], [s]) for c, s in ((first, 1.0), (dense, 2.0), (ours, 0.5))}
+    memory = {c: {"peak_mib": m} for c, m in ((first, 10.0), (dense, 20.0), (ours, 5.0))}
+    row = sparsity.fold(cell, "train", 8, times, [first, dense], memory)[-1]
+    assert (row["ratio_equal_precision"], row["ratio_stock_fp32"]) == (4, 2)
+    assert (row["peak_share_equal_precision"], row["peak_share_stock_fp32"]) == (0.25, 0.5)
+    assert (row["fine_cells"], row["cells"], row["token_share"]) == (12, 49, 12 / 49)

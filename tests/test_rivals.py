@@ -96,7 +96,34 @@ def test_evit_keeps_as_many_tokens_as_the_paper():
     expected = [65] * 3 + [47] * 3 + [35] * 3 + [26] * 3
     assert lengths(vit, lambda: evit.evit(vit, pictures(), 0.7)) == expected
     assert lengths(vit, lambda: evit.evit(vit, pictures(), 0.5, (3,))) == [65] * 3 + [34] * 9
-    assert evit.stage_rate(0.343) == pytest.approx(0.7) and evit.stage_rate(0.5, 1) == 0.5
+    assert evit.stage_rate(0.343, 3) == pytest.approx(0.7) and evit.stage_rate(0.5, 1) == 0.5
+
+
+def test_stages_are_the_papers_at_depth_12_and_quarters_at_any_other():
+    found = {depth: blocks.quarters(depth) for depth in (1, 2, 4, 8, 12)}
+    assert found == {1: (0,), 2: (0, 1), 4: (1, 2, 3), 8: (2, 4, 6), 12: (3, 6, 9)}
+
+
+@pytest.mark.parametrize("depth", [4, 12])
+def test_stages_leave_the_share_that_was_asked_for_at_any_depth(depth):
+    """CLS and a fused token come on top, and each of three stages rounds up: at most five more."""
+    vit, rate, a, b, c = small(depth=depth), evit.stage_rate(0.25, 3), *blocks.quarters(depth)
+    seen = lengths(vit, lambda: evit.evit(vit, pictures(), rate))
+    # 64 -> ceil(.63 * 64) = 41, fused 42 -> 27, fused 28 -> 18, fused 19; and CLS
+    assert seen == [65] * a + [43] * (b - a) + [29] * (c - b) + [20] * (depth - c)
+    assert 0.25 * PATCHES <= seen[-1] - 2 <= 0.25 * PATCHES + 3
+    model = DynamicViT(small(depth=depth), rate).eval()
+    seen = lengths(model.vit, lambda: model(pictures()))
+    assert seen == [65] * a + [1 + 40] * (b - a) + [1 + 25] * (c - b) + [1 + 16] * (depth - c)
+
+
+@pytest.mark.parametrize("layers", [(3, 6, 9), (4,), (-1,)])
+def test_a_stage_beyond_the_depth_is_refused(layers):
+    vit = small(depth=4)
+    with pytest.raises(ValueError, match="of 4 blocks"):
+        evit.evit(vit, pictures(), 0.7, layers)
+    with pytest.raises(ValueError, match="of 4 blocks"):
+        DynamicViT(vit, 0.7, layers)
 
 
 @pytest.mark.parametrize("pool", POOLS)

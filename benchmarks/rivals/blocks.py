@@ -4,6 +4,7 @@ With nothing dropped the pieces put together are timm's own forward pass. Shape 
 tokens with the CLS token, L = patches, K kept, D width, h heads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,25 @@ from sparsecontrast.models import tokens
 def layers(vit: VisionTransformer) -> list[Any]:
     """Name the blocks one by one, first to last."""
     return list(vit.blocks.children())
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """Blocks in which tokens are dropped, 0-based: where EViT and DynamicViT drop in 12, at every quarter.
+
+    3, 6 and 9 of 12 blocks; 1, 2 and 3 of 4; fewer stages where there are fewer blocks.
+    """
+    return tuple(dict.fromkeys(stage * depth // 4 for stage in (1, 2, 3)))
+
+
+def refuse_beyond(vit: VisionTransformer, stages: Sequence[int]) -> None:
+    """Refuse stages at which nothing would ever be dropped.
+
+    Raises:
+        ValueError: a stage lies beyond the depth.
+    """
+    depth = len(layers(vit))
+    if beyond := [stage for stage in stages if not 0 <= stage < depth]:
+        raise ValueError(f"rivals: no block {beyond} in a ViT of {depth} blocks, counted from 0")
 
 
 def start(vit: VisionTransformer, images: Tensor, kept: Tensor | None = None) -> Tensor:

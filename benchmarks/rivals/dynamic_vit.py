@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from benchmarks.rivals import blocks
 from sparsecontrast.models import tokens
 
-LAYERS = (3, 6, 9)  # 0-based, as in the paper for 12 blocks
-
 
 class PredictionModule(nn.Module):
     """Log-probabilities (keep, drop) of patches [B, L, D]: [B, L, 2].
@@ -51,13 +49,19 @@ class DynamicViT(nn.Module):
     Args:
         vit: on one channel without a classifier.
         rate: stage s keeps ``int(rate^s L)`` of the L patches of the image, s = 1, 2, ...; in (0, 1].
-        layers: 0-based blocks in front of which tokens are dropped.
+        layers: 0-based blocks in front of which tokens are dropped; None for ``blocks.quarters``, which of
+            12 blocks are the paper's.
+
+    Raises:
+        ValueError: a block lies beyond the depth.
     """
 
-    def __init__(self, vit: VisionTransformer, rate: float, layers: Sequence[int] = LAYERS):
+    def __init__(self, vit: VisionTransformer, rate: float, layers: Sequence[int] | None = None):
         super().__init__()
-        self.vit, self.rate, self.layers = vit, rate, tuple(layers)
-        self.predictors = nn.ModuleList(PredictionModule(vit.embed_dim) for _ in layers)
+        chosen = blocks.quarters(len(blocks.layers(vit))) if layers is None else tuple(layers)
+        blocks.refuse_beyond(vit, chosen)
+        self.vit, self.rate, self.layers = vit, rate, chosen
+        self.predictors = nn.ModuleList(PredictionModule(vit.embed_dim) for _ in chosen)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Embed images [B, 1, H, W] -> [B, D].

@@ -20,18 +20,22 @@ from torch import Tensor
 from benchmarks.rivals import blocks
 from sparsecontrast.models import tokens
 
-LAYERS = (3, 6, 9)  # 0-based; the paper drops at the 4th, 7th and 10th of 12 layers
 
-
-def evit(vit: VisionTransformer, images: Tensor, rate: float, layers: Sequence[int] = LAYERS) -> Tensor:
+def evit(vit: VisionTransformer, images: Tensor, rate: float, layers: Sequence[int] | None = None) -> Tensor:
     """Embed images [B, 1, H, W] -> [B, D].
 
     Args:
         vit: on one channel without a classifier.
         images: at its size.
         rate: share of the patches that stays at EACH layer of ``layers``, in (0, 1]; 1 is dense.
-        layers: 0-based; one layer is the single-stage variant.
+        layers: 0-based; one layer is the single-stage variant; None for ``blocks.quarters``, which in 12
+            layers are the paper's: the 4th, 7th and 10th.
+
+    Raises:
+        ValueError: a layer lies beyond the depth.
     """
+    layers = blocks.quarters(len(blocks.layers(vit))) if layers is None else layers
+    blocks.refuse_beyond(vit, layers)
     x = blocks.start(vit, images)
     for number, block in enumerate(blocks.layers(vit)):
         if number not in layers or rate == 1:
@@ -44,8 +48,11 @@ def evit(vit: VisionTransformer, images: Tensor, rate: float, layers: Sequence[i
     return blocks.finish(vit, x)
 
 
-def stage_rate(keep: float, stages: int = len(LAYERS)) -> float:
-    """Rate of each of ``stages`` equal stages that leaves the share ``keep`` of the patches at the end."""
+def stage_rate(keep: float, stages: int) -> float:
+    """Rate of each of ``stages`` equal stages that leaves the share ``keep`` of the patches at the end.
+
+    Rounding up and a fused token at each stage leave a few tokens more.
+    """
     return keep ** (1 / stages)
 
 
