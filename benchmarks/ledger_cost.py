@@ -78,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     rounds, rows = 20 if options.quick else options.rounds, []
-    for length, kinds, patients in ((rounds, 1, 1000), (rounds, 10, 1000), (rounds, 1, 100_000)):
+    for kinds, patients in ((1, 1000), (10, 1000), (25, 1000), (1, 100_000)):
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(length, kinds, patients, Path(folder)))
+            rows.append(measure(rounds, kinds, patients, Path(folder)))
     print_table("a reservation", rows)
     if options.json:
         write_result("ledger_cost", f"python -m benchmarks.ledger_cost --rounds {rounds}", rows, options.json)

@@ -32,7 +32,8 @@ STRATEGIES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "multikrum": (flower.MultiKrum, ("num_malicious_nodes", "num_nodes_to_select")),
     "bulyan": (flower.Bulyan, ("num_malicious_nodes",)),
 }
-# take a mean of the replies and go on from it: they need one reply in memory at a time
+# take a mean of the replies and go on from it: they need one reply in memory at a time, and would do with the
+# sum alone, which is all that secure aggregation gives; the others compare single replies
 _OF_THE_MEAN = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
 _COUNTS = ("num_malicious_nodes", "num_nodes_to_select")
 # Flower takes distances as |x|^2 + |y|^2 - 2xy, which cancels in fp32: near replies look equal

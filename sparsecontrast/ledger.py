@@ -7,8 +7,9 @@ name, and therefore none to be abused. ``cohorts.py`` says whom a charge burdens
 longer change, ``chain.py`` what proves that nothing was taken away.
 
 Not seen: ledger and head deleted together, and a machine put back as a whole; against these helps only a
-head noted elsewhere (``sparsecontrast budget --verify``, ``--noted``). SQLite's write-ahead log needs a local
-disk; on a network share its locks may not hold.
+head noted elsewhere (``sparsecontrast budget --verify``, ``--noted``). Nor another ``site.state_dir`` over
+the same images: it holds a ledger with a budget of its own, and which folder counts is the site's word.
+SQLite's write-ahead log needs a local disk; on a network share its locks may not hold.
 """
 
 import os

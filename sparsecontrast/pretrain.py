@@ -6,6 +6,7 @@
 import dataclasses
 import json
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,9 @@ def _training_set(config: Config, folder: Path, show: bool) -> "Dataset":
     dataset = load_dataset(config, cache, shared_state_dir(config), progress=show)
     own = dataset.site(config.site.name) if config.site.name else dataset
     own = own.training(config.audit.canaries)
+    if config.privacy.name != "none" and (left := len(own) - len(own.named())):
+        own = own.named()
+        print(f"{left} image(s) that name no patient are left out of private training", file=sys.stderr)
     if len(own) < config.data.min_images:
         name, least = config.site.name or "the data", config.data.min_images
         raise TooFewImagesError(f"{name}: {len(own)} training images, data.min_images={least}")

@@ -58,8 +58,10 @@ def test_a_folder_of_dicom(hospital, tmp_path):
     assert (frame["height"] == 20).all() and (frame["width"] == 30).all()
     assert (frame["site"] == "dicom").all() and frame["study_id"].nunique() == 3
     assert frame["patient_id"].nunique() == 2 and frame["patient_id"][0] == frame["patient_id"][1]
+    assert frame["patient_id"].str.startswith("unnamed-").tolist() == [False, False, True]
     assert built.counts == {
-        "files": 8, "unreadable": 2, "not_chest": 2, "not_frontal": 1, "kept": 3, "moved": 0,
+        "files": 8, "unreadable": 2, "not_chest": 2, "not_frontal": 1, "kept": 3,
+        "without_a_patient": 1, "moved": 0,
     }  # fmt: skip
     assert dict(zip(built.quarantine["path"], built.quarantine["reason"], strict=True)) == {
         str(hospital / "b/empty.dcm"): "no pixel data: the file never had any, or is cut short",

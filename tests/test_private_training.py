@@ -1,9 +1,6 @@
 """The private loop of a site: reserved first, and nothing is told but what is covered."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +10,15 @@ from sparsecontrast.account import open_account
 from sparsecontrast.config import compose
 from sparsecontrast.disclosure import public_patients
 from sparsecontrast.errors import BudgetSpentError, ConfigError, LedgerError, MethodError, PrivacyError
+from sparsecontrast.federated import Place
+from sparsecontrast.federated.images import training_set
 from sparsecontrast.methods import build_method
+from sparsecontrast.overrides import assign
 from sparsecontrast.private_trainer import PrivateTrainer
 from sparsecontrast.trainer import LocalTrainer
+from tests.dicom_files import write_dicom
 
 KEY = b"k" * 32
-ROOT = Path(__file__).parents[1]
 WORDS = (
     "privacy=dp_sgd", "method=patch_contrast", "backbone.img_size=32", "backbone.patch_size=4",
     "backbone.depth=1", "method.projection_hidden=16", "method.projection_dim=8", "train.batch_size=8",
@@ -208,24 +208,20 @@ def test_the_number_of_patients_is_told_in_steps_or_as_a_constant(tmp_path):
     assert account.mechanism.patients == 7
 
 
-def test_kill_9_in_mid_round_costs_the_round_and_the_next_attempt_another(tmp_path):
-    code = (
-        "import os, sys, pathlib\n"
-        "from sparsecontrast.sampling import PatientSampler\n"
-        "from tests.test_private_training import films, private\n"
-        "draw, calls = PatientSampler.draw, []\n"
-        "def killed(self):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 2: os.kill(os.getpid(), 9)\n"
-        "    return draw(self)\n"
-        "PatientSampler.draw = killed\n"
-        "private(pathlib.Path(sys.argv[1])).run(*films(), 1, 2)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
-    assert done.returncode == -9
-    again = private(tmp_path)
-    (lost,) = again.account.ledger.read().entries
-    told = again.run(*films(), 1, 2).metrics["epsilon"]
-    entries = again.account.ledger.read().entries
-    assert [(e.round, e.attempt, e.charge) for e in entries] == [(1, 1, lost.charge), (1, 2, lost.charge)]
-    assert lost.epsilon < told == entries[-1].epsilon <= 8
+def test_an_image_that_names_no_patient_has_no_budget_and_is_left_out(tmp_path):
+    """Each would be a patient of its own: a person of a stripped export would have many."""
+    root = tmp_path / "export"
+    root.mkdir()
+    for i in range(24):
+        pixels = np.random.Generator(np.random.PCG64(i)).integers(0, 4096, (40, 40)).astype(np.uint16)
+        patient = "" if i % 4 == 0 else f"p{i}"
+        write_dicom(root / f"{i}.dcm", pixels, PatientID=patient, StudyInstanceUID=f"1.{i}")
+    words = ["data=dicom", assign("data.root", root), assign("data.cache_dir", tmp_path / "cache"),
+             "data.min_images=2"]  # fmt: skip
+    said: list[str] = []
+    place = Place("a", False, tmp_path / "state", tmp_path / "state", "0" * 16, said.append)
+    plain = training_set(compose(words), place)
+    assert not said and not plain.frame["patient_id"].str.match("[0-9a-f]{16}$").all()
+    own = training_set(compose([*WORDS, *words]), place)
+    assert own.frame["patient_id"].str.match("[0-9a-f]{16}$").all() and len(own) == len(plain.named()) > 2
+    assert said == [f"{len(plain) - len(own)} image(s) that name no patient are left out of private training"]

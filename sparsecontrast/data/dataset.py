@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LABEL = "label_"  # prefix of label columns in an index
 CANARY = "canary"  # column of an index whose patients tossed coins: in, out, or empty
 HELD_OUT = "out"
+UNNAMED = "unnamed-"  # prefix of a pseudonym made of a study or a file, whose patient nobody tells
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ class Dataset:
                 "simulation`, or make the index with `python -m simulation.partition`"
             )
         return self.select((self.frame["split"] == "train").to_numpy() & ~held_out(self.frame))
+
+    def named(self) -> Dataset:
+        """Keep the images that tell their patient: of the others, a person may have several budgets."""
+        return self.select(~self.frame["patient_id"].astype(str).str.startswith(UNNAMED).to_numpy(dtype=bool))
 
 
 def held_out(frame: pd.DataFrame) -> np.ndarray:

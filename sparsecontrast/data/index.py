@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from sparsecontrast.config import anchored
+from sparsecontrast.data.dataset import UNNAMED
 from sparsecontrast.data.filters import is_chest, is_frontal, normal_view
 from sparsecontrast.data.images import Header, read_header
 from sparsecontrast.data.pseudonyms import load_key, pseudonym
@@ -52,7 +53,7 @@ _READERS = min(32, 4 * (os.cpu_count() or 1))  # network drives wait more than t
 
 @dataclass(frozen=True)
 class Index:
-    """An index, what was left out, and how many: files, unreadable, not_chest, not_frontal, kept, moved."""
+    """An index, what was left out, and how many were of each kind, of ``files``."""
 
     frame: pd.DataFrame
     quarantine: pd.DataFrame
@@ -167,6 +168,8 @@ def _filtered(rows: pd.DataFrame, config: DataConfig, counts: dict[str, int]) ->
     counts["not_frontal"] = int((chest & ~frontal).sum())
     rows = rows[chest & frontal].reset_index(drop=True)
     counts["kept"] = len(rows)
+    rows["named"] = rows["patient"] != ""
+    counts["without_a_patient"] = int((~rows["named"]).sum())
     for blank in ("study", "file"):  # a file of nobody is a patient of its own
         rows["patient"] = rows["patient"].where(rows["patient"] != "", rows[blank])
     rows["study"] = rows["study"].where(rows["study"] != "", rows["file"])
@@ -183,13 +186,14 @@ def _told(counts: dict[str, int], quarantine: pd.DataFrame) -> str:
 def _pseudonymised(rows: pd.DataFrame, key: bytes) -> pd.DataFrame:
     """Replace every identifier by its pseudonym, and put the columns in order."""
     studies = rows["patient"] + "/" + rows["study"]  # "study1" is the name of many
-    known = {p: pseudonym(key, "patient", p) for p in set(rows["patient"])}
+    marked = zip(rows["patient"], rows["named"], strict=True)
+    patients = [("" if named else UNNAMED) + pseudonym(key, "patient", p) for p, named in marked]
     labels = [name for name in rows.columns if name.startswith(LABEL)]
     frame = pd.DataFrame(
         {
             "image_id": [pseudonym(key, "image", file) for file in rows["file"]],
             "path": rows["path"],
-            "patient_id": rows["patient"].map(known),
+            "patient_id": patients,
             "study_id": [pseudonym(key, "study", study) for study in studies],
         }
     )

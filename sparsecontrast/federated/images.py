@@ -127,7 +127,8 @@ def learner(module: Any, config: Config, place: Place) -> Learner:
 def training_set(config: Config, place: Place) -> "Dataset":
     """Return the site's training images and what is known of them.
 
-    Nothing outside the ``train`` split is ever touched here, nor a canary who drew tails.
+    Nothing outside the ``train`` split is ever touched here, nor a canary who drew tails, nor, where the unit
+    of privacy is the patient, an image that names none.
 
     Raises:
         EmptySiteError: no readable training image.
@@ -137,6 +138,9 @@ def training_set(config: Config, place: Place) -> "Dataset":
     dataset = _dataset(config, place.key_dir)
     own = dataset.site(place.name) if place.simulated else dataset
     train = own.training(config.audit.canaries)
+    if config.privacy.name != "none" and (left := len(train) - len(train.named())):
+        train = train.named()
+        place.say(f"{left} image(s) that name no patient are left out of private training")
     least = config.data.min_images
     if len(train) == 0:
         raise EmptySiteError(f"site {place.name}: no readable training image; see quarantine.csv")
