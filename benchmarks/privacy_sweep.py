@@ -2,8 +2,8 @@
 
     python -m benchmarks.privacy_sweep [--quick] [--json FILE] [--out outputs/privacy_sweep] [WORDS]
 
-Gives ``python -m simulation.sweep experiment=privacy_sweep WORDS`` and records its table. Runs are kept under
-``--out`` and continued when the command is given again.
+Gives ``python -m simulation.sweep experiment=privacy_sweep WORDS`` and records its table, and its plot beside
+it. Runs are kept under ``--out`` and continued when the command is given again.
 """
 
 import argparse
@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if args.json:
         write_result("privacy_sweep", command, rows, args.json)
+        if (picture := out / "sweep.png").exists():
+            args.json.with_suffix(".png").write_bytes(picture.read_bytes())
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay the chosen points beside the figures; the promised epsilon is ``epsilon_spent`` then."""
-    group, rest = row["group"], {key: value for key, value in row.items() if key != "group"}
-    if "epsilon" in rest:
-        rest["epsilon_spent"] = rest.pop("epsilon")
+    """Lay the chosen points beside the figures; figures of a point's name are ``NAME_figure`` then."""
+    group = row["group"]
+    rest = {f"{key}_figure" if key in group else key: value for key, value in row.items() if key != "group"}
     return {**group, **rest}
 
 

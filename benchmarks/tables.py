@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.cells_table import cells
 from benchmarks.committed import Rows, markdown, rows
 from benchmarks.sparsity_table import sparsity, speed
+from benchmarks.sweep_tables import gains, leaks
 
 HERE = Path(__file__).parent
 READMES = (HERE / "README.md", HERE.parent / "README.md")
@@ -280,6 +281,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoders": decoders,
     "decoders-break-even": decoders_break_even,
     "privacy": privacy,
+    "sweep-gains": gains,
+    "sweep-leaks": leaks,
     "cells": cells,
     "localisation": lambda: localisation(GROUPS),
     "localisation-few": lambda: localisation(FEW, "localisation-few-cells-cpu.json"),

@@ -11,6 +11,9 @@ exceed the ``epsilon spent`` that the ledgers promise. ``beats start`` says what
     not shown    neither
     worse        the interval of the gain lies below zero
 
+``noise over signal`` says why there may be little to see: how much longer a step's noise is than all
+gradients of its patients could be together (``disclosure.py``).
+
 A gain may still be none of learning: noise alone moves random weights, and probes often like them better.
 ``over noise`` is the gain over the runs at epsilon 0.1, where the sweep has them: as many steps, of which
 practically nothing is left but noise.
@@ -52,6 +55,7 @@ COLUMNS: tuple[Column, ...] = (
     ("epsilon at least", "epsilon_at_least", None, None),
     ("at most provable", "epsilon_ceiling", None, None),
     ("epsilon spent", "epsilon", None, None), ("delta", "delta", None, None),
+    ("noise over signal", "noise_to_signal", None, None),
 )  # fmt: skip
 
 
@@ -214,8 +218,8 @@ def _membership(tables: Sequence[Tables]) -> Row:
 def _privacy(runs: Sequence[Run]) -> Row:
     """What the ledgers promise, of all sites and seeds the worst; nothing where nothing was promised."""
     told = [row for run in runs for row in run.sites if row.get("epsilon") is not None]
-    keys = ("epsilon", "delta", "noise_multiplier") if told else ()
-    return {key: max(float(row[key]) for row in told) for key in keys}
+    keys = ("epsilon", "delta", "noise_multiplier", "noise_to_signal")
+    return {key: max(float(row[key]) for row in told) for key in keys if told and key in told[0]}
 
 
 def _proved(runs: Sequence[Run], tables: Sequence[Tables]) -> Row:

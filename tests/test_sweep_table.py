@@ -50,7 +50,11 @@ def cell(folder, values, quality, canaries=0.0, epsilon=None):
     config = compose(["method=patch_contrast", f"output_dir={folder}"])
     record = {**as_dict(config), "overrides": list(config.overrides)}
     (folder / "config.yaml").write_text(yaml.safe_dump(record))
-    told = {} if epsilon is None else {"epsilon": epsilon, "delta": 1e-4, "noise_multiplier": 2.0}
+    told = (
+        {}
+        if epsilon is None
+        else {"epsilon": epsilon, "delta": 1e-4, "noise_multiplier": 2.0, "noise_to_signal": 9.0}
+    )
     rows = [{"round": 1, "site": site, **told} for site in ("a", "b")]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluation.json").write_text(json.dumps({"round": 1, "membership": {"delta": 1e-4}}))
@@ -158,6 +162,7 @@ def width(interval):
 def test_the_promised_epsilon_is_the_worst_sites_and_the_audited_one_holds_for_all_seeds(rows, jobs):
     private, plain = rows[0], rows[2]
     assert (private["epsilon"], private["delta"], private["noise_multiplier"]) == (8.0, 1e-4, 2.0)
+    assert private["noise_to_signal"] == 9.0
     assert "epsilon" not in plain
     bounds = []
     for seed in range(3):
