@@ -151,7 +151,7 @@ def _selection(run: Run, method: Method, dataset: "Dataset") -> dict[str, Any] |
         return None
     found = selection_recall(method, dataset, config.evaluation.bootstrap, config.seed)
     chooses = config.method.keep < 1 and config.method.selection in LEARNED
-    spread = selection_spread(method, dataset) if chooses else None
+    spread = selection_spread(method, dataset, config.seed) if chooses else None
     if found is None and spread is None:
         return None
     return {**(found or {}), **({"spread": spread} if spread else {})}

@@ -5,8 +5,13 @@ from typing import Any
 
 CALM = (
     "The regions kept in full detail follow the image. One map for all {images} held-out images would "
-    "foretell {foretold} % of them beyond chance (chests are alike, so it foretells some), and they cling "
-    "neither to the edge of the film nor to burnt-in text."
+    "foretell {foretold} % of them beyond chance (chests are alike, so it foretells some), and they lie at "
+    "the edge of the film {border} times as often as chance would have it."
+)
+STAMPED = (
+    " To see whether burnt-in text draws the choice, letters of several greys and sizes were stamped near "
+    "the corners of {films} of the images: {kept} % of the regions with a letter were kept at the worst grey "
+    "and size, {base} % of the same regions without one. Other marks than letters were not tried."
 )
 ALARMS = {
     "foretold": "Alarm: the model looks at the same places whatever the image shows. One map for all "
@@ -16,6 +21,10 @@ ALARMS = {
     "Few findings lie there: it has probably learnt how the film was made, not what it shows.",
     "excluded_share": "Alarm: {excluded_share} % of the regions kept in full detail are black border or "
     "burnt-in text, which should never be kept while any of the patient is left.",
+    "marker_pull": "Alarm: burnt-in text draws the model's choice. Letters were stamped near the corners of "
+    "{films} held-out films: {kept} % of the regions with a letter were kept in full detail, {base} % of the "
+    "same regions without one (the worst of several greys and sizes, {grey} of full white). Blacken or crop "
+    "away what is written on the films before training and use.",
 }
 
 
@@ -56,5 +65,10 @@ def selection_words(evaluation: Mapping[str, Any]) -> tuple[list[str], str]:
         return [], ""
     fill = {k: f"{100 * spread[k]:.0f}" for k in ("foretold", "excluded_share")}
     fill |= {"border": f"{spread['border_share']:.1f}", "images": str(spread["n_images"])}
+    stamped = "marker_pull" in spread  # evaluations of earlier versions did not measure it
+    if stamped:
+        base, pull = spread["marker_base"], spread["marker_pull"]
+        fill |= {"kept": f"{100 * (base + pull):.0f}", "base": f"{100 * base:.0f}"}
+        fill |= {"grey": f"{100 * spread['marker_grey']:.0f} %", "films": str(spread["marker_films"])}
     said = [ALARMS[name].format(**fill) for name in spread["alarms"]]
-    return said, "" if said else CALM.format(**fill)
+    return said, "" if said else (CALM + STAMPED * stamped).format(**fill)

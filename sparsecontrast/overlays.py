@@ -17,6 +17,7 @@ import torch
 from sparsecontrast.collapse import FEW_IMAGES, alarms, collapse
 from sparsecontrast.data.transforms import evaluation_view
 from sparsecontrast.models.saliency import excluded_cells
+from sparsecontrast.stamps import FILMS, marker_pull
 
 if TYPE_CHECKING:
     from sparsecontrast.data.cache import Dataset
@@ -80,12 +81,12 @@ def look(method: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple
     return np.concatenate(scores), np.concatenate(kept), grid
 
 
-def selection_spread(method: Any, dataset: "Dataset") -> Mapping[str, Any] | None:
+def selection_spread(method: Any, dataset: "Dataset", seed: int) -> Mapping[str, Any] | None:
     """Measure whether the choice of cells has collapsed, over all held-out images.
 
     Returns:
-        What ``collapse.collapse`` says, ``n_images``, and ``alarms``; None where all or no cells are
-        kept, or the images are too few to say.
+        What ``collapse.collapse`` says, ``n_images``, what ``stamps.marker_pull`` says of a few of them, and
+        ``alarms``; None where all or no cells are kept, or the images are too few to say.
     """
     rows = _held_out(dataset)
     if len(rows) < FEW_IMAGES:
@@ -95,8 +96,10 @@ def selection_spread(method: Any, dataset: "Dataset") -> Mapping[str, Any] | Non
     if not 0 < kept.shape[1] < grid[0] * grid[1]:
         return None
     excluded = torch.cat([excluded_cells(view, grid).cpu() for view in _views(method, images)])
-    masks = np.stack([kept_mask(cells, grid).ravel() for cells in kept])
-    measured = collapse(masks, scores, excluded.numpy(), grid)
+    measured: dict[str, Any] = dict(collapse(_masks(kept, grid), scores, excluded.numpy(), grid))
+    films = images[np.random.Generator(np.random.PCG64(seed)).permutation(len(images))[:FILMS]]
+    generator = torch.Generator().manual_seed(seed)
+    measured |= marker_pull(lambda x: _masks(look(method, x)[1], grid), films, grid, generator)
     return {**measured, "n_images": len(rows), "alarms": alarms(measured)}
 
 
@@ -105,6 +108,11 @@ def kept_mask(kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     mask = np.zeros(grid[0] * grid[1], dtype=bool)
     mask[kept] = True
     return mask.reshape(grid)
+
+
+def _masks(kept: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Kept cell numbers of images [N, m] as masks [N, cells]."""
+    return np.stack([kept_mask(cells, grid).ravel() for cells in kept])
 
 
 def box_recall(mask: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:

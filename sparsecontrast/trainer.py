@@ -22,6 +22,11 @@ from sparsecontrast.part_round import PartRound, Told, identity_of
 from sparsecontrast.settings import Config, TrainConfig
 
 MIN_BATCH = 2  # contrast needs a negative
+EXPLICIT_TOKENS = 800
+"""Tokens up to which bf16 attention on a CPU is written out: the fused kernel's backward is slow. In the
+dense rows of ``benchmarks/results/sparsity-*`` (Intel Xeon with AMX) training is so 1.3 times as fast at 197
+tokens and 1.4 at 577, but .74 and .68 at 1025, with 1.7 times the memory: on a log scale they cross at 800.
+An AMD EPYC without AMX was faster written out up to 1025 as well; there the memory decides."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +198,16 @@ def lr_factor(position: float, rounds: int, warmup: float) -> float:
 
 
 def explicit_attention(module: nn.Module) -> None:
-    """Write attention as matrix products: on a CPU the fused kernel's bf16 backward is the slower one."""
+    """Write attention over up to ``EXPLICIT_TOKENS`` as matrix products, for bf16 on a CPU."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
-            setattr(part, "fused_attn", False)  # noqa: B010  a flag of timm's, unknown to the type checker
+            part.register_forward_pre_hook(_written_by_tokens)
+
+
+def _written_by_tokens(attention: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """Choose before each pass: a run's rounds, and the parts of one step, differ in their tokens."""
+    fused = given[0].shape[1] > EXPLICIT_TOKENS
+    setattr(attention, "fused_attn", fused)  # noqa: B010  a flag of timm's, unknown to the type checker
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sparsecontrast import looked
-from sparsecontrast.collapse import alarms, collapse
+from sparsecontrast.collapse import MARKER_ALARM, alarms, collapse
 
 GRID = (7, 7)
 # no cell is excluded
@@ -80,11 +80,29 @@ def test_an_image_that_is_nearly_all_black_is_no_alarm():
     assert found["excluded_share"] == 0 and found["foretold"] == 0
 
 
-@pytest.mark.parametrize("name", ["foretold", "border_share", "excluded_share"])
+MARKERS = {"marker_pull": 0.41, "marker_base": 0.06, "marker_grey": 0.8, "marker_films": 32}
+
+
+@pytest.mark.parametrize("name", ["foretold", "border_share", "excluded_share", "marker_pull"])
 def test_every_alarm_has_words_and_silence_is_calm(name):
-    spread = {"foretold": 0.97, "border_share": 1.62, "excluded_share": 0.3, "n_images": 40}
+    spread = {"foretold": 0.97, "border_share": 1.62, "excluded_share": 0.3, "n_images": 40, **MARKERS}
     (said,), calm = looked.selection_words({"selection": {"spread": {**spread, "alarms": [name]}}})
     assert said.startswith("Alarm: ") and "{" not in said and calm == ""
     said, calm = looked.selection_words({"selection": {"spread": {**spread, "alarms": []}}})
     assert said == [] and "40 held-out images" in calm
     assert looked.selection_words({"selection": None}) == looked.selection_words({}) == ([], "")
+
+
+def test_calm_says_of_burnt_in_text_what_was_measured_and_no_more():
+    spread = {"foretold": 0.4, "border_share": 0.3, "excluded_share": 0.0, "n_images": 40, "alarms": []}
+    before = looked.selection_words({"selection": {"spread": spread}})[1]
+    assert "letter" not in before and "text" not in before and "{" not in before
+    calm = looked.selection_words({"selection": {"spread": {**spread, **MARKERS}}})[1]
+    assert calm.startswith(before) and "{" not in calm
+    assert "32 of the images: 47 % of the regions with a letter" in calm and "6 % of the same" in calm
+
+
+def test_the_bound_of_markers_is_asked_only_where_it_was_measured():
+    calm = {"foretold": 0.4, "border_share": 0.3, "excluded_share": 0.0}
+    assert alarms(calm) == [] and alarms({**calm, "marker_pull": MARKER_ALARM}) == []
+    assert alarms({**calm, "marker_pull": MARKER_ALARM + 0.01}) == ["marker_pull"]

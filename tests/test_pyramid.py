@@ -3,6 +3,8 @@ import math
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsecontrast.errors import MethodError
 from sparsecontrast.models import tokens
@@ -108,6 +110,34 @@ def test_three_levels_of_one_image_by_brute_force():
     torch.testing.assert_close(got, torch.stack(expected), atol=1e-5, rtol=1e-5)
     every = torch.arange(144)[None]
     torch.testing.assert_close(model(x, every), model(x), atol=1e-5, rtol=1e-5)
+
+
+class NothingOnTheCpu(TorchDispatchMode):
+    """Refuse every operation that makes a tensor on the CPU: a GPU would wait for its copy."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        assert all(t.device.type == "meta" for t in made), func
+        return found
+
+
+def test_a_pass_makes_no_table_on_the_cpu_and_the_tables_are_no_weights(monkeypatch):
+    # the device of shapes alone stands in for a GPU; it knows no autocast
+    monkeypatch.setattr("sparsecontrast.models.sparse_vit._attention_dtype", lambda x: x.dtype)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=96, patch_size=4, in_chans=1, num_classes=0, depth=1
+    )
+    model = SparseViT(vit, 2).to("meta")
+    assert not [name for name in model.state_dict() if "inside" in name or "positions" in name]
+    assert [name for name, _ in model.named_buffers()] == ["pyramid.inside_0", "pyramid.inside_1"]
+    x = torch.empty(2, 1, 96, 96, device="meta")
+    kept = torch.empty(2, 3, dtype=torch.long, device="meta")
+    with NothingOnTheCpu():
+        assert model(x, kept).shape == (2, 192)
+        assert model(x, None).shape == (2, 192)
+        assert model.local(x, kept).shape == (2, 12, 192)
+        assert model.attention(x).shape == (2, 144)
 
 
 def token(model, x, places, factor, row, column):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from PIL import Image
 
 from sparsecontrast import findings, record
@@ -262,7 +263,7 @@ def test_selection_recall_is_one_when_everything_is_kept_and_knows_its_chance(tr
     rows = [*found["kinds"], *found["sizes"]]
     assert found["chance"] == 1 and all(k["value"] == pytest.approx(1, abs=1e-5) for k in rows)
     assert sum(k["n_boxes"] for k in found["kinds"]) == sum(k["n_boxes"] for k in found["sizes"])
-    assert selection_spread(Everything(), dataset) is None
+    assert selection_spread(Everything(), dataset, 0) is None
     real = selection_recall(load_method(opened.config, read_round(trained, 2).tensors), dataset, 20, 0)
     assert real["chance"] < 1 and all(0 <= k["low"] <= k["value"] <= k["high"] <= 1 for k in real["kinds"])
 
@@ -270,6 +271,7 @@ def test_selection_recall_is_one_when_everything_is_kept_and_knows_its_chance(tr
 def test_a_healthy_choice_is_said_calmly(run):
     page = Page(read(run))
     assert "The regions kept in full detail follow the image" in page.text and "Alarm:" not in page.text
+    assert "letters of several greys and sizes were stamped" in page.text
     assert "half a cell to 2 cells" in page.text and 'class="warn alarm"' not in read(run)
 
 
@@ -286,6 +288,26 @@ def test_a_choice_that_ignores_the_image_raises_the_alarm(tmp_path, monkeypatch)
     text = read(folder)
     assert 'class="warn alarm"' in text and "same places whatever the image shows" in Page(text).text
     assert "follow the image" not in text
+
+
+def test_a_choice_that_letters_draw_raises_the_alarm(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run", "selection=attention")
+
+    def drawn(config, tensors):
+        method = load_method(config, tensors)
+        grid = method.backbone.grid
+        # the thinnest bright stroke of each cell, and no mask
+        strokes = lambda x: x - F.avg_pool2d(x, 5, 1, 2)  # noqa: E731
+        method._scores = lambda x, generator=None: F.adaptive_max_pool2d(strokes(x), grid).flatten(1)
+        method._masked = lambda images, scores: scores
+        return method
+
+    monkeypatch.setattr("sparsecontrast.evaluation.load_method", drawn)
+    spread = evaluate_run(folder, show=False)["selection"]["spread"]
+    assert spread["marker_pull"] > 0.2 and "marker_pull" in spread["alarms"]
+    text = Page(read(folder)).text
+    kept = f"{100 * (spread['marker_pull'] + spread['marker_base']):.0f} %"
+    assert "burnt-in text draws the model's choice" in text and f"{kept} of the regions with a letter" in text
 
 
 def test_a_choice_that_is_not_learned_is_not_judged(tmp_path):

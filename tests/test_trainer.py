@@ -6,7 +6,7 @@ from sparsecontrast.batches import epoch_batches
 from sparsecontrast.config import compose
 from sparsecontrast.errors import CheckpointError, MethodError, TooFewImagesError
 from sparsecontrast.methods import build_method
-from sparsecontrast.trainer import LocalTrainer, derive_seed, lr_factor
+from sparsecontrast.trainer import LocalTrainer, derive_seed, explicit_attention, lr_factor
 
 TINY = [
     "backbone.img_size=32",
@@ -212,3 +212,34 @@ def test_the_compiled_backbone_equals_the_eager_one(tmp_path, monkeypatch):
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     assert compiled.method.backbone._compiled_call_impl is not None
     assert eager.method.backbone._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("compile_", [False, pytest.param(True, marks=pytest.mark.filterwarnings("ignore"))])
+def test_attention_is_written_out_for_few_tokens_and_fused_for_many(monkeypatch, compile_):
+    """Both ways are the same function, in one module, whatever came before."""
+    monkeypatch.setattr("sparsecontrast.trainer.EXPLICIT_TOKENS", 40)
+    plain, chosen = trainer().method.backbone, trainer().method.backbone
+    explicit_attention(chosen)
+    attention = chosen.vit.blocks[0].attn
+    if compile_:
+        chosen.compile(dynamic=False, backend="eager")  # traced as ever; what is built of it is not asked
+    x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    few = torch.tensor([[0, 1]] * 4)
+    for kept, fused in ((None, True), (few, False), (None, True)):
+        found = []
+        for backbone in (plain, chosen):
+            backbone.zero_grad()
+            out = backbone(x, kept)
+            out.square().sum().backward()
+            found.append((out, backbone.vit.blocks[0].attn.qkv.weight.grad.clone()))
+        assert attention.fused_attn is fused
+        torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_on_a_cpu_chooses_attention_by_tokens_and_fp32_leaves_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    x = torch.randn(2, 1, 32, 32)
+    for precision, fused in (("bf16", False), ("fp32", True)):
+        backbone = trainer(f"train.precision={precision}").method.backbone
+        backbone(x)
+        assert {block.attn.fused_attn for block in backbone.vit.blocks} == {fused}

@@ -8,28 +8,34 @@ number of tokens depends on the number m of kept cells alone, whatever they are:
 and every patch is covered exactly once.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsecontrast.errors import MethodError
 from sparsecontrast.levels import stack_grids
 from sparsecontrast.models import tokens
 
 
-@dataclass(frozen=True)
-class Pyramid:
-    """The levels of one image size.
+class Pyramid(nn.Module):
+    """The levels of one image size. It has nothing to learn; as a module it moves its tables to the device.
 
-    Attributes:
+    Args:
         grids: (rows, columns) of each level, patches first.
         cell: side of a cell in cells of the level below.
     """
 
-    grids: tuple[tuple[int, int], ...]
-    cell: int
+    def __init__(self, grids: tuple[tuple[int, int], ...], cell: int):
+        super().__init__()
+        self.grids = grids
+        self.cell = cell
+        for level, finer in enumerate(grids[:-1]):
+            # made once: in a forward pass a GPU would wait for the copy, at every level
+            self.register_buffer(f"inside_{level}", tokens.cell_positions(finer, cell), persistent=False)
+
+    def inside(self, level: int) -> Tensor:
+        """Cells of ``level`` (0: patches) inside each cell of the level above: [cells above, cell^2]."""
+        return getattr(self, f"inside_{level}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -92,10 +98,7 @@ class Pyramid:
 
     def _children(self, cells: Tensor | None, level: int) -> Tensor | None:
         """Cells of ``level`` inside opened ``cells`` of the level above; None for the highest level's all."""
-        if cells is None:
-            return None
-        places = tokens.cell_positions(self.grids[level], self.cell).to(cells.device)
-        return places[cells].flatten(1)
+        return None if cells is None else self.inside(level)[cells].flatten(1)
 
 
 def build_pyramid(grid: tuple[int, int], cell: int) -> Pyramid:

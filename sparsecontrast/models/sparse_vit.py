@@ -39,8 +39,11 @@ class SparseViT(nn.Module):
         self.pyramid = build_pyramid(patches, cell)
         self.grid = self.pyramid.grids[1]
         self.coarse = nn.Parameter(torch.zeros(1, len(self.pyramid.grids) - 1, vit.embed_dim))
-        self.positions: Tensor
-        self.register_buffer("positions", tokens.cell_positions(patches, cell), persistent=False)
+
+    @property
+    def positions(self) -> Tensor:
+        """Patches of each cell, [cells, cell^2]."""
+        return self.pyramid.inside(0)
 
     @property
     def num_cells(self) -> int:
@@ -142,7 +145,7 @@ class SparseViT(nn.Module):
             pixels.append(tokens.gather(tokens.patchify(images, patch), chosen))
             offset += table.shape[1]
             index.append(chosen + offset)
-            table = table[:, tokens.cell_positions(self.pyramid.grids[level], cell)].mean(2)
+            table = table[:, self.pyramid.inside(level)].mean(2)
             places.append(table + self.coarse[:, level, None])
         found = tokens.look_up(torch.cat(places, dim=1), torch.cat(index, dim=1))
         body = vit.patch_embed.norm(self.project(torch.cat(pixels, dim=1))) + found
