@@ -116,11 +116,15 @@ ROOMS = {
         *METHODS,
         *(f"sparsecontrast.{name}" for name in ("batches", "local_state", "part_round")),
     ),
-    "sparsecontrast/account.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.privacy"),
+    "sparsecontrast/disclosure.py": (
+        *(f"sparsecontrast.{name}" for name in ("accounting", "methods.schedule", "settings")),
+    ),
+    "sparsecontrast/account.py": (*FILE_ROOMS, *BOOK, "sparsecontrast.disclosure", "sparsecontrast.privacy"),
     "sparsecontrast/private_trainer.py": (
         *FILE_ROOMS,
         *METHODS,
-        *(f"sparsecontrast.{name}" for name in ("account", "batches", "local_state", "noise", "part_round")),
+        *(f"sparsecontrast.{name}" for name in ("account", "batches", "disclosure", "local_state")),
+        *(f"sparsecontrast.{name}" for name in ("noise", "part_round")),
         *(f"sparsecontrast.{name}" for name in ("privacy", "sampling", "trainer")),
     ),
     "sparsecontrast/": LIBRARY,
