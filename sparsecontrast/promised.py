@@ -56,16 +56,21 @@ def _price(run: Run) -> str:
     noise = sum((r["weight"] * r["noise_to_signal"]) ** 2 * r["steps"] for r in rows) ** 0.5
     mean = noise / sum(r["weight"] * r["steps"] for r in rows)
     steps, sites = sum(r["steps"] for r in rows), len({r["site"] for r in rows})
-    ratios = sorted({f"{r['noise_to_signal']:.2g}" for r in rows}, key=float)
+    ratios = sorted({_two_digits(r["noise_to_signal"]) for r in rows}, key=float)
     times = ratios[0] if len(ratios) == 1 else f"{ratios[0]} to {ratios[-1]}"
     return (
         f"What it costs: in a step, the noise is {times} times as long as the gradients of all its patients "
         f"could be together, if every one pointed the same way. The mean over all {steps:,} steps of "
-        f"{sites} {'hospital' if sites == 1 else 'hospitals'} brings that down to {mean:.2g} at best. But "
+        f"{sites} {'hospital' if sites == 1 else 'hospitals'} brings that down to {_two_digits(mean)} at best. But "
         f"patients differ, and what their gradients share is smaller, so that it may drown. Fewer trained "
         f"weights, more patients, more hospitals and a larger epsilon help; a larger learning rate enlarges "
         f"noise and signal alike."
     )
+
+
+def _two_digits(value: float) -> str:
+    """Write 139 as 140, and 0.5046 as 0.5: no exponent, which is not for everybody."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _line(run: Run, site: str, last: Mapping[str, Any] | None) -> list[str]:

@@ -67,6 +67,10 @@ def test_the_report_says_how_much_of_a_step_is_noise():
     price = promised(SimpleNamespace(sites=sites, config=config))["price"]
     assert "the noise is 6 times" in price and "all 12 steps of 2 hospitals" in price
     assert "down to 1.7 at best" in price  # 6 / sqrt(12)
+    wide = promised(
+        SimpleNamespace(sites=[sites[0] | {"noise_to_signal": n} for n in (70, 139)], config=config)
+    )
+    assert "the noise is 70 to 140 times" in wide["price"]
     old = [{k: v for k, v in r.items() if k != "noise_to_signal"} for r in sites]
     assert promised(SimpleNamespace(sites=old, config=config))["price"] == ""
     refused = [r | {"weight": 0.0} for r in sites]
