@@ -63,8 +63,8 @@ def _price(run: Run) -> str:
         f"could be together, if every one pointed the same way. The mean over all {steps:,} steps of "
         f"{sites} {'hospital' if sites == 1 else 'hospitals'} brings that down to {_two_digits(mean)} at "
         f"best. But patients differ, and what their gradients share is smaller, so that it may drown. Fewer "
-        f"trained weights, more patients, more hospitals and a larger epsilon help; a larger learning rate enlarges "
-        f"noise and signal alike."
+        f"trained weights, more patients, more hospitals and a larger epsilon help; a larger learning rate "
+        f"enlarges noise and signal alike."
     )
 
 
