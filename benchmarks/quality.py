@@ -300,6 +300,8 @@ def _command(args: argparse.Namespace) -> str:
     told = "" if args.method == "sparse_contrast" else f" --method {args.method}"
     told += "" if args.steps is None else f" --steps {args.steps}"
     told += "" if args.arms is None else f" --arms {' '.join(args.arms)}"
+    every = args.quick or list(args.data) == list(STUDIES[args.method].data)
+    told += "" if every else f" --data {' '.join(args.data)}"
     return f"python -m benchmarks.quality{told} --root {args.root}{' --quick' if args.quick else ''}"
 
 

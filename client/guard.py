@@ -122,11 +122,8 @@ def _private_scalars(message: Message, site: Site, weights: int) -> dict[str, fl
         return None
     entry = mine[-1]
     patients = public_patients(site.config, len(book.members[entry.cohort]))
-    number, rounds, delta = (
-        int(str(told["round"])),
-        int(str(told["rounds"])),
-        book.policies[entry.cohort].delta,
-    )
+    number, rounds = int(str(told["round"])), int(str(told["rounds"]))
+    delta = book.policies[entry.cohort].delta
     scalars = disclosure(
         site.config, entry.charge, entry.epsilon, delta or 0.0, patients, weights, number, rounds
     )
