@@ -39,6 +39,7 @@ TINY = (
     "federation.round_timeout=600",
 )  # fmt: skip
 MARK = "SPARSECONTRAST_DEPLOYMENT"  # in the environment of every process, by which it is found again
+LET_IN = "SuperNode ID"  # what a node says once the SuperLink knows it
 START_SECONDS = 120
 RUN_SECONDS = 1800
 STOP_SECONDS = 15
@@ -119,6 +120,30 @@ class Deployment:
     def start_node(self, name: str) -> subprocess.Popen[bytes]:
         """Start a site's SuperNode."""
         return self.launch(name, self.kits.site(name) / "supernode.sh")
+
+    def let_in(self, name: str, script: Path | None = None) -> subprocess.Popen[bytes]:
+        """Start a SuperNode, by default the site's of this name, until the server lets it in.
+
+        The SuperLink turns a node away (exit 305) that it believes to be there still: one that could not say
+        goodbye, for the minute in which two of its heartbeats are missing. A unit's ``Restart=always`` comes
+        back as well.
+
+        Raises:
+            FederationError: it is turned away for longer, or neither that nor let in.
+        """
+        deadline = time.monotonic() + START_SECONDS
+
+        def decided() -> bool:
+            return node.poll() is not None or LET_IN in self.log(name).read_text(errors="replace")[before:]
+
+        while True:
+            before = len(self.log(name).read_text(errors="replace")) if self.log(name).exists() else 0
+            node = self.launch(name, script or self.kits.site(name) / "supernode.sh")
+            _until(decided, START_SECONDS)
+            if node.poll() is None and decided():
+                return node
+            if node.poll() is None or time.monotonic() > deadline:
+                raise FederationError(f"{name}: not let in: {self.end(name)}")
 
     def await_node(self, name: str) -> None:
         """Return when a node answers on its own machine; whether the server let it in, its log says."""

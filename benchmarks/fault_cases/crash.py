@@ -21,7 +21,6 @@ import yaml
 
 from benchmarks.fault_cases.case import Case, Found, expect
 from benchmarks.fault_cases.hook.sitecustomize import found
-from benchmarks.fault_cases.transport import LET_IN
 from simulation.deploy import MARK, NAME, ROOT, TINY, Deployment
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.egress import EgressLog
@@ -251,24 +250,8 @@ class Struck:
         if d.started["superlink"].poll() is not None:
             d.start_superlink()
         for name in SITES:
-            self.until(lambda name=name: self.kept_alive(name), f"the SuperNode of {name} does not stay")
-
-    def kept_alive(self, name: str) -> bool:
-        """Start a SuperNode that is dead; whether it stays.
-
-        The SuperLink turns a node away (exit 305) that it believes to be there still, until two of its
-        heartbeats are missing: a unit's ``Restart=always`` comes back as well.
-        """
-        d = self.deployment
-        if d.started[name].poll() is None:
-            return True
-        before = d.log(name).stat().st_size
-        node = d.start_node(name)
-        self.until(
-            lambda: node.poll() is not None or LET_IN in d.log(name).read_text(errors="replace")[before:],
-            f"the SuperNode of {name} is neither let in nor turned away",
-        )
-        return False  # whether it is alive is asked again
+            if d.started[name].poll() is not None:
+                d.let_in(name)
 
     def await_end(self) -> None:
         """Return when no ServerApp is at work any more."""
