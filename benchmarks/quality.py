@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality [--quick] [--json FILE] [--root ../shared/data/cxr_multisite]
     python -m benchmarks.quality --method miram [--mammograms ../shared/data/mias] [...]
+    python -m benchmarks.quality --protocol gpu|gpu_small|cnn [...]     # needs a GPU, a GPU, nothing
 
 All arms of a seed start from equal backbones and see the same batches and views for the same number of
 steps; two more get as much CPU time as the dense arm took. Whatever is trained is asked by a linear
@@ -20,7 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Study:
         reference: the arm that all others are set against, and whose time is theirs.
         ours: the arm that is set against all others.
         data: names that ``films.load_films`` knows.
-        protocol: the budget, and ``quick``, a toy of it.
+        protocols: the budgets by name, ``cpu`` first, and ``quick``, a toy.
         arms: the arms of a budget, by name.
         train: as ``quality_arms.train_arm``.
         untrained: features of the backbone that a seed starts from, of (protocol, seed, images).
@@ -64,7 +65,7 @@ class Study:
     reference: str
     ours: str
     data: tuple[str, ...]
-    protocol: qa.Protocol
+    protocols: Mapping[str, qa.Protocol]
     quick: qa.Protocol
     arms: Callable[[Any], dict[str, Any]]
     train: Callable[..., qa.Trained]
@@ -73,10 +74,10 @@ class Study:
 
 STUDIES = {
     "sparse_contrast": Study(
-        "dense", "ours", NAMES, qa.Protocol(), QUICK, qa.arms, qa.train_arm, qa.untrained
+        "dense", "ours", NAMES, qa.PROTOCOLS, QUICK, qa.arms, qa.train_arm, qa.untrained
     ),
     "miram": Study(
-        "mae", "miram", ("phantoms", *PARTS), qm.Protocol(), qm.QUICK, qm.arms, qm.train_arm, qm.untrained
+        "mae", "miram", ("phantoms", *PARTS), qm.PROTOCOLS, qm.QUICK, qm.arms, qm.train_arm, qm.untrained
     ),
 }
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing, then score all and record the table."""
     args = _arguments(argv)
     study = STUDIES[args.method]
-    protocol = study.quick if args.quick else study.protocol
+    protocol = study.quick if args.quick else study.protocols[args.protocol]
     if args.steps is not None:
         protocol = dataclasses.replace(protocol, steps=args.steps)
     if args.one:
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_table("Linear-probe AUROC, mean over seeds", rows)
     if args.json:
         name = "quality" if args.method == "sparse_contrast" else f"quality-{args.method}"
+        name += "" if args.protocol == "cpu" else f"-{args.protocol}"
         write_result(name, _command(args), rows, args.json)
 
 
@@ -133,7 +135,7 @@ def score(args: argparse.Namespace, protocol: qa.Protocol, data: str) -> list[di
     table = make_table(found.frame)
     tasks = parse_tasks(compose(_tasks(args, data)).evaluation.tasks, table)
     if data == "phantoms":
-        sized = labels_by_size(found, protocol.patch)
+        sized = labels_by_size(found, protocol.grain)
         table = dataclasses.replace(table, labels={**table.labels, **sized})
         tasks = (*tasks, Task("by size", tuple(sized)))
     replicates = 50 if args.quick else 1000
@@ -285,6 +287,7 @@ def _call(args: argparse.Namespace, job: tuple[str, str, str]) -> None:
     """Train one arm in a process of its own, one thread."""
     words = ["--method", args.method, "--root", str(args.root), "--mammograms", str(args.mammograms)]
     words += ["--out", str(args.out), *(["--quick"] if args.quick else [])]
+    words += ["--protocol", args.protocol]
     words += [] if args.steps is None else ["--steps", str(args.steps)]
     command = [sys.executable, "-m", "benchmarks.quality", *words, "--one", *job]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -298,6 +301,7 @@ def _file(args: argparse.Namespace, data: str, seed: str, name: str) -> Path:
 
 def _command(args: argparse.Namespace) -> str:
     told = "" if args.method == "sparse_contrast" else f" --method {args.method}"
+    told += "" if args.protocol == "cpu" else f" --protocol {args.protocol}"
     told += "" if args.steps is None else f" --steps {args.steps}"
     told += "" if args.arms is None else f" --arms {' '.join(args.arms)}"
     every = args.quick or list(args.data) == list(STUDIES[args.method].data)
@@ -311,6 +315,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", default="../shared/data/cxr_multisite", help="folder with index.csv")
     parser.add_argument("--mammograms", default="../shared/data/mias", help="folder with index.csv")
     parser.add_argument("--out", default=None, help="folder of the runs; default outputs/quality")
+    budgets = sorted({name for study in STUDIES.values() for name in study.protocols})
+    parser.add_argument("--protocol", default="cpu", choices=budgets, help="network, size and steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--data", nargs="+", default=None, choices=(*NAMES, *PARTS))
     parser.add_argument("--arms", nargs="+", default=None, help="train these alone")
@@ -321,9 +327,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--one", nargs=3, metavar=("DATA", "SEED", "ARM"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.data = list(STUDIES[args.method].data) if args.data is None else args.data
+    if args.protocol not in STUDIES[args.method].protocols:
+        parser.error(f"--method {args.method} has no protocol {args.protocol}")
     if args.out is None:
         method = "" if args.method == "sparse_contrast" else f"-{args.method}"
-        args.out = f"outputs/quality{method}{'-quick' if args.quick else ''}"
+        budget = "" if args.protocol == "cpu" else f"-{args.protocol}"
+        args.out = f"outputs/quality{method}{budget}{'-quick' if args.quick else ''}"
     if args.quick:
         args.seeds, args.data = args.seeds[:2], args.data[:1]
     return args

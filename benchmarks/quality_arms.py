@@ -19,6 +19,7 @@ from sparsecontrast.trainer import build_optimizer, derive_seed, explicit_attent
 
 BATCH = 128  # of the encoding
 LEAN = 0.3  # the share at which the bars of speed are held
+OF_A_CNN = ("dense", OURS, "low_resolution")  # what is no matter of tokens
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class Arm:
 def arms(protocol: "Protocol") -> dict[str, Arm]:
     """Name all arms; the smaller image of the low-resolution rivals has no fewer tokens than ours."""
     keep, side = protocol.keep, protocol.size // protocol.patch
+    vit = protocol.backbone.startswith("vit_")
     smaller = (math.ceil(keep**0.5 * side) / side) ** 2
     sparse = Contender(OURS, keep)
     both = ("own", "dense")
     all_modes = both if torch.cuda.is_available() else (*both, "int8")
     plain = ("method.focus", False)
-    return {
+    found = {
         "dense": Arm(Contender("dense")),
         "ours": Arm(sparse, (), all_modes),
         "ours_lean": Arm(Contender(OURS, LEAN)),
@@ -60,14 +62,19 @@ def arms(protocol: "Protocol") -> dict[str, Arm]:
         "low_resolution_at_equal_time": Arm(
             Contender("low_resolution", smaller), same_time_as="low_resolution"
         ),
+        "patch_dropout_at_equal_time": Arm(
+            Contender("random_drop", keep), (), both, same_time_as="patch_dropout"
+        ),
         "ours_without_focus": Arm(sparse, (plain,)),
         "dense_with_focus": Arm(Contender(OURS, 1.0)),
         "centre": Arm(sparse, (("selection", "centre"), plain)),
         "energy": Arm(sparse, (("selection", "energy"), plain)),
         "attention": Arm(sparse, (("selection", "attention"),), both),
         "evit": Arm(Contender("evit", keep)),
+        "dynamic_vit": Arm(Contender("dynamic_vit", keep)),
         "tome": Arm(Contender("tome", keep)),
     }
+    return {name: arm for name, arm in found.items() if vit or arm.contender.method in OF_A_CNN}
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class Protocol:
     Attributes:
         backbone: a name of ``configs/backbone``.
         size: of the images in pixels.
-        patch: pixels of a patch's side.
+        patch: pixels of a patch's side; of a CNN, of a tile's.
         depth: blocks of the network; None for the backbone's own.
         steps: of the optimizer.
         batch: images of a step, two views each.
@@ -95,6 +102,21 @@ class Protocol:
     lr: float = 1e-3
     temperature: float = 0.15
     keep: float = 0.39
+
+    @property
+    def grain(self) -> int:
+        """Side in pixels of the patch by which lesions are called small: a CNN's as a ViT's at 224 px."""
+        return self.patch if self.backbone.startswith("vit_") else self.size // 14
+
+
+PROTOCOLS = {
+    "cpu": Protocol(),
+    "cnn": Protocol("convnext_atto", size=128, patch=32, depth=None, steps=200),
+    "gpu": Protocol("vit_tiny", size=224, patch=16, depth=None, steps=6000, batch=128, lr=5e-4, keep=0.3),
+    "gpu_small": Protocol(
+        "vit_small", size=224, patch=16, depth=None, steps=6000, batch=128, lr=5e-4, keep=0.3
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +197,13 @@ def build_arm(arm: Arm, protocol: Protocol, seed: int) -> Workload:
     changes: list[tuple[str, Any]] = [("method.temperature", protocol.temperature), *arm.changes]
     if protocol.depth is not None:
         changes.append(("backbone.depth", protocol.depth))
-    changes.append(("backbone.patch_size", protocol.patch))
+    cnn = not protocol.backbone.startswith("vit_")
+    grid = (
+        ("backbone.tiles", protocol.size // protocol.patch)
+        if cnn
+        else ("backbone.patch_size", protocol.patch)
+    )
+    changes.append(grid)
     model = Model(protocol.backbone, protocol.size, tuple(changes))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = build_workload(_bf16(arm.contender), model, device, seed)

@@ -58,6 +58,13 @@ class Arm:
     same_time_as: str | None = None
 
 
+PROTOCOLS = {
+    "cpu": Protocol(),
+    "gpu": Protocol(
+        "vit_tiny", size=224, patch=16, depth=None, steps=8000, batch=128, lr=5e-4, decoder=192,
+        decoder_depth=4,
+    ),
+}  # fmt: skip
 QUICK = Protocol(
     size=32, patch=4, depth=1, steps=2, batch=8, decoder=16, decoder_depth=1, landmarks=8
 )  # fmt: skip

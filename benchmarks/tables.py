@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.cells_table import cells
 from benchmarks.committed import Rows, markdown, rows
+from benchmarks.denoise_table import denoise_equal, denoise_gains, denoise_noise
 from benchmarks.sparsity_table import sparsity, speed
 from benchmarks.sweep_tables import gains, leaks
 
@@ -292,6 +293,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-miram-phantoms": lambda: quality("phantoms", PHANTOMS, "quality-miram-cpu.json", "mae"),
     "quality-miram-guangzhou": lambda: quality("guangzhou", REAL[:2], "quality-miram-cpu.json", "mae"),
     "quality-miram-mias": lambda: quality("mias", BREASTS, "quality-miram-cpu.json", "mae"),
+    "denoise-gains": denoise_gains,
+    "denoise-equal": denoise_equal,
+    "denoise-noise": denoise_noise,
     "borders": borders,
     "epoch": epoch,
     "audit": audit,

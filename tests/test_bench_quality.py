@@ -153,3 +153,35 @@ def test_interval_of_students_t():
     low, high = quality._t_interval([0.01, 0.02, 0.03, 0.02, 0.02])
     assert (low, high) == pytest.approx((0.02 - 0.00878, 0.02 + 0.00878), abs=1e-5)
     assert quality._t_interval([0.1]) == (None, None)
+
+
+CNN = dataclasses.replace(qa.PROTOCOLS["cnn"], size=64, steps=2, batch=4)
+
+
+@pytest.mark.parametrize("name", list(qa.arms(CNN)))
+def test_every_arm_of_a_cnn_trains_and_answers(name):
+    images = np.random.Generator(np.random.PCG64(0)).integers(0, 256, (6, 64, 64), dtype=np.uint8)
+    trained = qa.train_arm(qa.arms(CNN)[name], CNN, images, np.arange(4), 0, 1)
+    assert all(f.shape[0] == 6 and np.isfinite(f).all() for f in trained.features.values())
+
+
+def test_a_cnn_is_compared_with_what_a_cnn_can_do_and_no_smaller_image_costs_less_than_ours():
+    protocol = qa.PROTOCOLS["cnn"]
+    known = qa.arms(protocol)
+    assert {"dense", "ours", "low_resolution", "random", "ours_at_equal_time"} <= set(known)
+    assert not {"evit", "tome", "patch_dropout", "all_coarse", "dynamic_vit"} & set(known)
+    assert known["low_resolution"].contender.keep >= protocol.keep
+
+
+def test_protocols_of_a_gpu_are_of_the_networks_and_the_size_of_the_bars():
+    for name, backbone in (("gpu", "vit_tiny"), ("gpu_small", "vit_small")):
+        protocol = qa.PROTOCOLS[name]
+        assert (protocol.backbone, protocol.size, protocol.depth) == (backbone, 224, None)
+        assert protocol.keep <= qa.LEAN  # a share at which the bars of speed were measured
+        assert set(qa.arms(protocol)) == set(qa.arms(qa.PROTOCOLS["cpu"]))
+
+
+def test_a_method_without_a_protocol_says_so(capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--method", "miram", "--protocol", "cnn"])
+    assert "no protocol cnn" in capsys.readouterr().err
