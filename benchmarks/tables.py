@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.auto_keep_table import auto_keep
 from benchmarks.cells_table import cells
 from benchmarks.committed import Rows, markdown, rows
 from benchmarks.denoise_table import denoise_equal, denoise_gains, denoise_noise
@@ -293,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-miram-phantoms": lambda: quality("phantoms", PHANTOMS, "quality-miram-cpu.json", "mae"),
     "quality-miram-guangzhou": lambda: quality("guangzhou", REAL[:2], "quality-miram-cpu.json", "mae"),
     "quality-miram-mias": lambda: quality("mias", BREASTS, "quality-miram-cpu.json", "mae"),
+    "auto-keep": auto_keep,
     "denoise-gains": denoise_gains,
     "denoise-equal": denoise_equal,
     "denoise-noise": denoise_noise,

@@ -49,10 +49,10 @@ class Reader:
         The images of one rung go through the network together, so every pass has a fixed shape.
         """
         scores, ranking = self.method.score(view)
-        rungs = rungs_for(self._uncovered(scores), threshold)
+        rungs = rungs_for(self.uncovered(scores), threshold)
         rows = [torch.from_numpy(np.flatnonzero(rungs == r)).to(view.device) for r in np.unique(rungs)]
         parts = [
-            self._at(view[mine], ranking[mine], r) for mine, r in zip(rows, np.unique(rungs), strict=True)
+            self.at(view[mine], ranking[mine], r) for mine, r in zip(rows, np.unique(rungs), strict=True)
         ]
         return torch.cat(parts)[torch.cat(rows).argsort()], rungs
 
@@ -60,18 +60,20 @@ class Reader:
     def compare(self, view: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return the cosine distance of every rung from dense, and its uncovered mass: each [B, rungs]."""
         scores, ranking = self.method.score(view)
-        every = [self._at(view, ranking, r) for r in range(len(self.cells))]
+        every = [self.at(view, ranking, r) for r in range(len(self.cells))]
         apart = np.stack([distance(one, every[-1]) for one in every], axis=1)
-        return apart, self._uncovered(scores)
+        return apart, self.uncovered(scores)
 
     def dense(self, view: Tensor) -> Tensor:
         """Embed images [B, 1, H, W] with every cell in full detail."""
         return self.method.encode(view, "dense")
 
-    def _at(self, view: Tensor, ranking: Tensor, rung: int) -> Tensor:
+    def at(self, view: Tensor, ranking: Tensor, rung: int) -> Tensor:
+        """Embed images [B, 1, H, W] at one rung, their cells in the order of ``ranking`` [B, cells]."""
         return self.method.backbone(view, *self.method.choose_among(ranking, self.cells[rung]))
 
-    def _uncovered(self, scores: Tensor) -> np.ndarray:
+    def uncovered(self, scores: Tensor) -> np.ndarray:
+        """Mass that each rung leaves out [B, rungs], of scores [B, cells]."""
         return uncovered_mass(scores, self.cells).cpu().numpy()
 
 
