@@ -2,6 +2,7 @@
 
 - ``mae``: a masked autoencoder, one decoder over the encoder's patches, held to all of their pixels.
 - ``mae_low``: the same, held to an image shrunk by half: what MIRAM's first decoder does alone.
+- ``miram_some``: a sixteenth of the hidden patches at high resolution a step, by softmax attention.
 - ``miram``, and the same with each other attention in the second decoder; ``softmax`` is what they stand for.
 - ``moco_v3``: contrast over the batch with a momentum encoder (``rivals/moco_v3.py``).
 
@@ -78,8 +79,12 @@ def arms(protocol: Protocol) -> dict[str, Arm]:
         "mae": Arm((*plain, "method.upsample=1")),
         "mae_low": Arm(plain),
         "miram": Arm(),
+        "miram_some": Arm(("method.high_share=0.0625", "method.attention=softmax")),
         **{f"miram_{name}": Arm((f"method.attention={name}",)) for name in linear},
         "moco_v3": Arm(contrast=True),
+        "miram_some_at_equal_time": Arm(
+            ("method.high_share=0.0625", "method.attention=softmax"), same_time_as="miram_some"
+        ),
         "miram_at_equal_time": Arm(same_time_as="miram"),
         "moco_v3_at_equal_time": Arm(contrast=True, same_time_as="moco_v3"),
     }

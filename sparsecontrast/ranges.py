@@ -50,6 +50,7 @@ RANGES: dict[str, Bounds] = {
     "method.dense_end": SHARE,
     "method.mask_ratio": (0, 1, "()"),
     "method.high_weight": WEIGHT,
+    "method.high_share": (0, 1, "(]"),
     "method.landmarks": (1, 65536, "[]"),
     "method.decoder_dim": (4, 65536, "[]"),
     "method.decoder_depth": (1, 1000, "[]"),

@@ -61,6 +61,7 @@ class MiramConfig:
     mask_ratio: float
     upsample: Literal[1, 2, 4]
     high_weight: float
+    high_share: float
     normalise: bool
     attention: Literal["softmax", "linformer", "performer", "nystromformer"]
     landmarks: int

@@ -60,6 +60,7 @@ def test_what_the_arms_reconstruct():
     assert kinds == {
         "miram": "Nystromformer", "miram_linformer": "Linformer", "miram_performer": "Performer",
         "miram_softmax": "SoftmaxAttention", "miram_at_equal_time": "Nystromformer",
+            "miram_some": "SoftmaxAttention", "miram_some_at_equal_time": "SoftmaxAttention",
     }  # fmt: skip
 
 

@@ -68,3 +68,41 @@ def test_places_follow_the_pixels_patch_by_patch():
 def test_places_and_nothing_else_are_left_out_of_the_state():
     m = decoder()
     assert "places" not in m.state_dict() and "mask_token" in m.state_dict()
+
+
+def some(asked, attention="softmax", depth=1):
+    torch.manual_seed(0)
+    return MaskedDecoder(6, (4, 4), 2, 9, 16, depth, 2, attention, 4, (5, asked))
+
+
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
+def test_a_part_is_predicted_with_no_token_of_the_others(attention):
+    m, counts = some(3, attention), []
+    m.blocks.register_forward_hook(lambda module, given, out: counts.append(out.shape[1]))
+    x, visible, hidden = seen()
+    found = m(x, visible, hidden[:, 2:5])
+    assert found.shape == (2, 3 * 4, 9) and counts == [5 + 3 * 4]
+    found.square().mean().backward()
+    for name, p in m.named_parameters():
+        assert p.grad is not None and p.grad.any(), name
+    torch.testing.assert_close(m(x[1:], visible[1:], hidden[1:, 2:5]), found[1:])
+
+
+@pytest.mark.parametrize("asked", [1, 3, 4, 11])
+def test_all_hidden_patches_are_predicted_part_by_part(asked):
+    """Where parts do not divide the eleven that are hidden, the last begins earlier; none is told twice."""
+    m = some(asked)
+    x, visible, hidden = seen()
+    found = m(x, visible, hidden)
+    assert found.shape == (2, 11 * 4, 9)
+    for start in range(0, 11, asked):
+        at = min(start, 11 - asked)
+        part = m(x, visible, hidden[:, at : at + asked])[:, (start - at) * 4 :]
+        torch.testing.assert_close(found[:, start * 4 : (start + asked) * 4], part)
+
+
+def test_a_visible_patch_stands_in_the_middle_of_its_parts():
+    middles, fine = sine_places((3, 4), 1, 16, 2), sine_places((3, 4), 2, 16).view(12, 4, 16)
+    slowest = [3, 7, 11, 15]  # sine and cosine of the longest wave, all but straight within a patch
+    torch.testing.assert_close(middles[:, slowest], fine[:, :, slowest].mean(1), atol=1e-4, rtol=0)
+    assert len(torch.cat([middles, fine.flatten(0, 1)]).unique(dim=0)) == 12 * 5

@@ -11,7 +11,7 @@ from sparsecontrast.batches import Views
 from sparsecontrast.config import compose
 from sparsecontrast.coupling import coupling, noise_batch
 from sparsecontrast.data.transforms import Augmentation, mae_view
-from sparsecontrast.errors import MethodError
+from sparsecontrast.errors import ConfigError, MethodError
 from sparsecontrast.methods import build_method
 from sparsecontrast.methods.method import Batch
 from sparsecontrast.methods.miram import Miram, draw_visible, standardised
@@ -99,6 +99,46 @@ def test_the_loss_is_the_error_of_hidden_patches_alone():
     assert filled.low[0].shape == filled.low[1].shape == (2, 48, 16) and not perfect.any()
 
 
+SOME = ("method.high_share=0.125", "method.attention=softmax")
+
+
+def test_some_of_the_hidden_patches_are_drawn_for_the_high_resolution_and_tell_its_error():
+    """Six of 48. Over many draws each is drawn as often, so the mean of the loss is that over all of them."""
+    m = miram("method.high_share=0.02", *SOME[1:]).eval()  # one patch at a time: what it says is its own
+    batch = noise_batch(m, 2)
+    visible = draw_visible(batch.first, 64, 16, torch.Generator().manual_seed(0))
+    hidden = tokens.complement(visible, 64)
+    whole, drawn = m.fill(batch.first, visible), []
+    g = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        drawn.append(m._drawn(hidden, g))
+        assert all(set(a.tolist()) <= set(b.tolist()) for a, b in zip(drawn[-1], hidden, strict=True))
+    counts = torch.bincount(torch.cat(drawn, 1)[0], minlength=64)[hidden[0]]
+    assert (counts - 600 / 48).abs().max() < 5 * (600 / 48) ** 0.5
+    each = torch.stack([losses.reconstruction(*m.fill(batch.first, visible, hidden[:, [i]]).high)
+                        for i in range(48)])  # fmt: skip
+    torch.testing.assert_close(each.mean(0), losses.reconstruction(*whole.high))
+    assert len(tokens.complement(visible, 64)[0]) * 4 == whole.high[0].shape[1]
+
+
+def test_a_step_of_some_computes_few_tokens_and_low_resolution_is_as_ever():
+    m, plain, counts = miram(*SOME), miram("method.attention=softmax"), []
+    m.high_decoder.blocks.register_forward_hook(lambda module, given, out: counts.append(out.shape[1]))
+    loss = m(noise_batch(m, 3)).detach()
+    assert counts == [16 + 6 * 4] and loss.shape == (3,)
+    plain(noise_batch(plain, 3))
+    assert m.metrics()["low_resolution"] == plain.metrics()["low_resolution"]
+    assert m.shared_parameters() == plain.shared_parameters()
+    filled = m.fill(torch.randn(1, 1, 64, 64), draw_visible(loss[:1], 64, 16, torch.Generator()))
+    assert filled.high[0].shape == (1, 48 * 4, 16)  # the report's pictures have all of them
+
+
+def test_a_share_is_above_nothing_and_at_most_all():
+    for share in ("0", "1.1", "-1"):
+        with pytest.raises(ConfigError, match="method.high_share"):
+            miram(f"method.high_share={share}")
+
+
 def test_a_patch_of_one_grey_value_has_the_target_zero():
     flat = standardised(torch.full((1, 2, 16), 3.7))
     assert not flat.any()
@@ -119,9 +159,10 @@ def test_hidden_patches_are_drawn_uniformly_from_the_batch_generator():
 
 @pytest.mark.parametrize("attention", list(ATTENTIONS))
 def test_no_attention_couples_images(attention):
-    m = miram(f"method.attention={attention}", "method.decoder_depth=2")
-    assert coupling(m, noise_batch(m, 3)) == 0
-    assert coupling(m.eval(), batch_of(m, [0, 0, 1], "alike")) == 0
+    for share in (1.0, 0.125):
+        m = miram(f"method.attention={attention}", "method.decoder_depth=2", f"method.high_share={share}")
+        assert coupling(m, noise_batch(m, 3)) == 0
+        assert coupling(m.eval(), batch_of(m, [0, 0, 1], "alike")) == 0
 
 
 def test_the_second_view_plays_no_part():
@@ -146,9 +187,10 @@ def test_one_view_of_true_grey_values_is_made():
     assert torch.equal(torch.rand(3, generator=batch.generator), torch.rand(3, generator=g))
 
 
-def test_it_learns_to_fill_in_a_pattern():
+@pytest.mark.parametrize("words", [(), ("method.high_share=0.25", "method.attention=softmax")])
+def test_it_learns_to_fill_in_a_pattern(words):
     """Stripes of half a patch, of a random phase: each visible patch tells what the hidden ones hold."""
-    m = miram("method.mask_ratio=0.5", "method.decoder_dim=32")
+    m = miram("method.mask_ratio=0.5", "method.decoder_dim=32", *words)
     optimizer = torch.optim.Adam(m.parameters(), lr=3e-3)
     g = torch.Generator().manual_seed(0)
     for step in range(60):

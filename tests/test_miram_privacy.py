@@ -43,11 +43,12 @@ def own_masks(monkeypatch):
 
 @NAMES
 def test_rows_are_those_of_autograd(attention):
-    m = method_of(f"method.attention={attention}")
-    made = RowGradients(m)
-    found = made.verify(partial(noise_batch, m, 3))
-    made.cleanup()
-    assert {n for n, _ in m.named_parameters()} - found == {"backbone.coarse"}
+    for share in (1.0, 0.25):
+        m = method_of(f"method.attention={attention}", f"method.high_share={share}")
+        made = RowGradients(m)
+        found = made.verify(partial(noise_batch, m, 3))
+        made.cleanup()
+        assert {n for n, _ in m.named_parameters()} - found == {"backbone.coarse"}
 
 
 def test_every_layer_sees_an_image_once():

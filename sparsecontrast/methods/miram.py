@@ -13,6 +13,11 @@ With L patches of p x p pixels, of which a random set M is hidden, and an upsamp
     high   : L u^2 tokens, each the p/u x p/u pixels of its part of the patch in the image itself
     L_i    = mean over M of |low - target|^2 + lambda mean over M of |high - target|^2        (per image)
 
+The second decoder costs several times the rest where it fills in every hidden patch. To learn from,
+``method.high_share`` of them are enough, drawn anew for each image and step (ours,
+``models/masked_decoder.py``): the mean over the drawn ones is an unbiased estimate of that over M. At 1 it is
+the paper's.
+
 Targets are standardised patch by patch (``method.normalise``; He et al., arXiv 2111.06377, section 4.1). With
 lambda = 0 the second decoder is not there, and with u = 1 beside that it is a plain masked autoencoder.
 
@@ -71,8 +76,9 @@ class Miram(nn.Module):
         self.config, self.backbone = config, _checked(backbone)
         self.visible = round((1 - config.mask_ratio) * self.num_patches)
         self.low_decoder = self._decoder(1, "softmax")
+        asked = None if config.high_share == 1 else (self.visible, self._asked)
         self.high_decoder = (
-            self._decoder(config.upsample, config.attention) if config.high_weight > 0 else None
+            self._decoder(config.upsample, config.attention, asked) if config.high_weight > 0 else None
         )
         self._last: dict[str, Tensor] = {}
 
@@ -80,7 +86,8 @@ class Miram(nn.Module):
         """Return the loss of each row [B], of the first view of row i alone."""
         images, c = batch.first, self.config
         visible = draw_visible(images, self.num_patches, self.visible, batch.generator)
-        filled = self.fill(images, visible)
+        hidden = tokens.complement(visible, self.num_patches)
+        filled = self.fill(images, visible, self._drawn(hidden, batch.generator))
         self._last = {}
         # bf16 autocast would round squared errors to three digits
         with torch.autocast(images.device.type, enabled=False):
@@ -92,8 +99,14 @@ class Miram(nn.Module):
                 loss = loss + c.high_weight * high
         return loss
 
-    def fill(self, images: Tensor, visible: Tensor) -> Filled:
-        """Fill in what is hidden of images [B, 1, H, W] where patches ``visible`` [B, K] are seen."""
+    def fill(self, images: Tensor, visible: Tensor, high: Tensor | None = None) -> Filled:
+        """Fill in what is hidden of images [B, 1, H, W] where patches ``visible`` [B, K] are seen.
+
+        Args:
+            images: standardised.
+            visible: numbers of the patches, rising along a row.
+            high: hidden patches [B, M'] to fill in at high resolution; all without it.
+        """
         factor, backbone = self.config.upsample, self.backbone
         hidden = tokens.complement(visible, self.num_patches)
         seen = backbone.visible(images, visible)[:, backbone.vit.num_prefix_tokens :]
@@ -102,8 +115,9 @@ class Miram(nn.Module):
         told = (self.low_decoder(seen, visible, hidden), self._target(low))
         if self.high_decoder is None:
             return Filled(told, None)
-        high = tokens.kept_patches(images, side, factor, hidden)
-        return Filled(told, (self.high_decoder(seen, visible, hidden), self._target(high)))
+        asked = hidden if high is None else high
+        pixels = tokens.kept_patches(images, side, factor, asked)
+        return Filled(told, (self.high_decoder(seen, visible, asked), self._target(pixels)))
 
     def start_round(self, round_number: int, rounds: int) -> None:
         """Nothing changes from round to round."""
@@ -165,13 +179,25 @@ class Miram(nn.Module):
             raise MethodError(f"keep={keep}: method=miram chooses no regions of an image; ask for dense")
         return Choice(None, None)
 
-    def _decoder(self, split: int, attention: str) -> MaskedDecoder:
+    def _decoder(self, split: int, attention: str, asked: tuple[int, int] | None = None) -> MaskedDecoder:
         c = self.config
         return MaskedDecoder(
             self.backbone.embed_dim, self.backbone.vit.patch_embed.grid_size, split,
             (self.patch_size // c.upsample) ** 2, c.decoder_dim, c.decoder_depth, c.decoder_heads, attention,
-            c.landmarks,
+            c.landmarks, asked,
         )  # fmt: skip
+
+    @property
+    def _asked(self) -> int:
+        """Hidden patches that the second decoder fills in at a time."""
+        return max(1, round(self.config.high_share * (self.num_patches - self.visible)))
+
+    def _drawn(self, hidden: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Draw those of ``hidden`` [B, M] that the second decoder is to fill in, uniformly; None: all."""
+        if self.high_decoder is None or self.config.high_share == 1:
+            return None
+        order = draw_visible(hidden, hidden.shape[1], self._asked, generator)
+        return hidden.gather(1, order)
 
     def _target(self, pixels: Tensor) -> Tensor:
         return standardised(pixels) if self.config.normalise else pixels
