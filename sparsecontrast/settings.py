@@ -61,13 +61,13 @@ class MiramConfig:
     mask_ratio: float
     upsample: Literal[1, 2, 4]
     high_weight: float
-    high_share: float
     normalise: bool
     attention: Literal["softmax", "linformer", "performer", "nystromformer"]
     landmarks: int
     decoder_dim: int
     decoder_depth: int
     decoder_heads: int
+    high_share: float = 1.0  # of runs that are older than the key
 
 
 @dataclass(frozen=True)
