@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells_table import cells
+from benchmarks.cells_table import cells, federated_cells
 from benchmarks.committed import Rows, markdown, rows
 from benchmarks.sparsity_table import sparsity, speed
 from benchmarks.sweep_tables import gains, leaks
@@ -284,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-gains": gains,
     "sweep-leaks": leaks,
     "cells": cells,
+    "federated-cells": federated_cells,
     "localisation": lambda: localisation(GROUPS),
     "localisation-few": lambda: localisation(FEW, "localisation-few-cells-cpu.json"),
     "localisation-bar": lambda: localisation(BAR),
