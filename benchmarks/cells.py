@@ -99,11 +99,11 @@ def summarise(found: Sequence[dict[str, Any]], times: dict[str, dict[str, float]
     for (task, arm), seeds in by.items():
         row: dict[str, Any] = {"task": task, "arm": arm, "seeds": len(seeds)}
         for key in ("macro_f1", "accuracy"):
-            row |= _spread(key, [one[key] for one in seeds.values()])
+            row |= spread(key, [one[key] for one in seeds.values()])
         other = by.get((task, REFERENCE), {})
         both = sorted(set(seeds) & set(other))
         if arm != REFERENCE and both:
-            row |= _spread("delta", [seeds[s]["macro_f1"] - other[s]["macro_f1"] for s in both])
+            row |= spread("delta", [seeds[s]["macro_f1"] - other[s]["macro_f1"] for s in both])
         row["each_seed"] = " ".join(f"{seeds[s]['macro_f1']:.3f}" for s in sorted(seeds))
         first = next(iter(seeds.values()))
         row |= {"parameters": first["parameters"]}
@@ -144,7 +144,8 @@ def _judge(network: Any, images: torch.Tensor):
     return work
 
 
-def _spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
+def spread(key: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Mean of one value a seed under ``key``, and its 95 % t-interval, None for a single seed."""
     mean = statistics.mean(values)
     half = None
     if len(values) in T_975:

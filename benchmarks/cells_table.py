@@ -1,4 +1,4 @@
-"""The table of ``benchmarks.cells``."""
+"""The tables of ``benchmarks.cells`` and ``benchmarks.cells_federated``."""
 
 from typing import Any
 
@@ -9,11 +9,34 @@ HEAD = (
     "task", "arm", "macro-F1", "− CNN", "accuracy", "pixels", "weights", "MFLOP", "time x CNN", "of 32",
     "each seed",
 )  # fmt: skip
+JUDGES = {
+    "federated": "**federated**", "pooled": "pooled", "own": "alone, the lab's own",
+    "other": "alone, the other lab's",
+}  # fmt: skip
+TOGETHER = {"mean": "mean of labs", "all": "all cells"}
 
 
 def cells() -> str:
     """Scores of every arm with intervals over seeds, and what it costs."""
     return markdown(HEAD, [_line(row) for row in rows("cells-*.json")])
+
+
+def federated_cells() -> str:
+    """Scores of every arm at each lab and together, and what the federated one has more, with intervals."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows("federated-cells-*.json"):
+        found.setdefault(row["arm"], {})[row["cells"]] = row
+    labs = [name for name in next(iter(found.values()), {}) if name not in TOGETHER]
+    head = ["model", *labs]
+    for name in TOGETHER.values():
+        head += [name, "federated − it"]
+    body = []
+    for arm, mine in found.items():
+        line = [JUDGES[arm], *(_spread(mine[lab], "macro_f1", "{:.3f}") for lab in labs)]
+        for name in TOGETHER:
+            line += [_spread(mine[name], "macro_f1", "{:.3f}"), _spread(mine[name], "minus", "{:+.3f}")]
+        body.append([*line, mine["mean"]["each_seed"]])
+    return markdown([*head, "mean of labs, each seed"], body)
 
 
 def _line(row: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.auto_keep_table import auto_keep
-from benchmarks.cells_table import cells
+from benchmarks.cells_table import cells, federated_cells
 from benchmarks.committed import Rows, markdown, rows
 from benchmarks.denoise_table import denoise_equal, denoise_gains, denoise_noise
 from benchmarks.sparsity_table import sparsity, speed
@@ -286,6 +286,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sweep-gains": gains,
     "sweep-leaks": leaks,
     "cells": cells,
+    "federated-cells": federated_cells,
     "localisation": lambda: localisation(GROUPS),
     "localisation-few": lambda: localisation(FEW, "localisation-few-cells-cpu.json"),
     "localisation-bar": lambda: localisation(BAR),

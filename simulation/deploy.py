@@ -193,10 +193,16 @@ class Deployment:
             raise FederationError(f"{script} {' '.join(arguments[:2])}: {done.stdout or done.returncode}")
         return done.stdout or ""
 
-    def run(self, words: Sequence[str], show: bool = False) -> str:
-        """Submit a run of all sites and wait for its end; returns Flower's status of it."""
+    def run(self, words: Sequence[str], show: bool = False, base: Sequence[str] = TINY) -> str:
+        """Submit a run of all sites and wait for its end; returns Flower's status of it.
+
+        Args:
+            words: overrides of the run.
+            show: what Flower prints.
+            base: overrides before them, by default of pretraining; ``experiment=cells`` knows other keys.
+        """
         told = [f"federation.sites={len(self.sites)}", overrides.assign("output_dir", self.folder / "run")]
-        text = overrides.join(overrides.merge([*TINY, *told], list(words)))
+        text = overrides.join(overrides.merge([*base, *told], list(words)))
         self.tell(
             "flower.sh", "run", str(ROOT), NAME, "--stream", "--run-config", f'overrides="{text}"', show=show
         )
