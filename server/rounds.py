@@ -95,6 +95,7 @@ class Rounds:
         self.aggregator = Aggregator(self.config)
         self.aggregator.restore(strategy)
         self.parent: str | None = None
+        self.counted: dict[str, int] = {}  # site -> last round that its reply was joined in
         self.spent: set[str] = set()  # may not train any more in this run, and are not asked again
 
     def run(self) -> None:
@@ -107,7 +108,8 @@ class Rounds:
         if self.folder.done is None:
             self._keep(0, {"rows": []})
         else:
-            self.parent = checkpoint.weights_sha256(checkpoint.read_meta(self.folder.path, self.folder.done))
+            meta = checkpoint.read_meta(self.folder.path, self.folder.done)
+            self.parent, self.counted = checkpoint.weights_sha256(meta), meta["counted"]
         for number in range((self.folder.done or 0) + 1, self.config.rounds + 1):
             if not self._round(number):
                 say(f"ends after round {number - 1}: every site's privacy budget is spent")
@@ -132,6 +134,7 @@ class Rounds:
                 f"silent: {outcome.silent or 'none'}; privacy budget spent: {sorted(self.spent) or 'none'}"
             )
         self.flat = self.aggregator.aggregate(number, self.flat, outcome.valid)
+        self.counted |= {reply.site: number for reply in outcome.valid}
         row = _summary(number, outcome, self.config, time.monotonic() - started)
         rows = [*outcome.rows, row]
         self._keep(number, {k: row[k] for k in ("contributors", "refused", "silent")} | {"rows": rows})
@@ -204,6 +207,7 @@ class Rounds:
                 "rounds": self.config.rounds,
                 "run_key": self.folder.run_key,
                 "proximal_mu": self.aggregator.proximal_mu,
+                "counted": self.counted.get(name, 0),
             }
         )
         return self.sites[name], RecordDict({**shared, "config": orders})
@@ -213,6 +217,7 @@ class Rounds:
         tensors = payload.unpack(payload.repack(self.flat, self.shapes, "fp32"))
         meta = {
             **facts,
+            "counted": self.counted,
             "run_key": self.folder.run_key,
             "seed": self.folder.config.seed,
             "parent": self.parent,
