@@ -66,7 +66,7 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
 
     (site,) = sites
     started = time.perf_counter()
-    number, rounds, run_key, mu = _orders(message.content.config_records["config"])
+    number, rounds, run_key, mu, counted = _orders(message.content.config_records["config"])
     torch.set_num_threads(site.config.train.threads)  # part of what a seed reproduces
     kind, say = kind_of(site.config), functools.partial(note, site.state_dir)
     method = kind.build(site.config, pretrained=False)  # the server's weights follow
@@ -78,11 +78,11 @@ def _train(message: Message, sites: Sequence[Any]) -> RecordDict:
     restored = kept.restore(learner.trainer, number)
     result = learner.run(number, rounds, mu, kept.part(restored))
     state, allowed, wire = method.state_dict(), method.shared_parameters(), site.config.federation
+    owed = kept.residual(restored, counted)
     packed, residual = pack_upload(
-        {name: state[name] for name in allowed}, allowed, wire.upload, wire.payload_dtype, reference,
-        kept.residual(restored),
-    )  # fmt: skip
-    kept.save(learner.trainer, number, residual)
+        {name: state[name] for name in allowed}, allowed, wire.upload, wire.payload_dtype, reference, owed
+    )
+    kept.save(learner.trainer, number, residual, owed)
     metrics: dict[str, int | float] = {
         "num-examples": result.examples, "steps": result.steps, "state-round": restored, **result.metrics
     }  # fmt: skip
@@ -136,8 +136,11 @@ def _code(error: Exception) -> str:
     return OutOfMemoryError.code if full else "internal"
 
 
-def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:
-    """Read (round, rounds, run key, proximal mu); the key becomes a folder, so its form is checked."""
+def _orders(config: ConfigRecord) -> tuple[int, int, str, float, int | None]:
+    """Read (round, rounds, run key, proximal mu, the last round that counted, None where it is not told).
+
+    The key becomes a folder, so its form is checked.
+    """
     number, rounds = config.get("round"), config.get("rounds")
     run_key, mu = config.get("run_key"), config.get("proximal_mu")
     if not (isinstance(number, int) and isinstance(rounds, int) and 1 <= number <= rounds):
@@ -146,7 +149,10 @@ def _orders(config: ConfigRecord) -> tuple[int, int, str, float]:
         raise ConfigError("run_key: must be 8 to 64 hexadecimal digits")
     if not isinstance(mu, int | float) or not 0 <= mu < math.inf:
         raise ConfigError(f"proximal_mu={mu!r}: must be a non-negative number")
-    return number, rounds, run_key, float(mu)
+    counted = config.get("counted")
+    if counted is not None and not (isinstance(counted, int) and 0 <= counted < number):
+        raise ConfigError(f"counted={counted!r}: must be a round before {number}, or 0")
+    return number, rounds, run_key, float(mu), counted
 
 
 def _global_weights(content: RecordDict, shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, Any], Any]:

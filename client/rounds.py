@@ -1,7 +1,9 @@
 """What a site keeps on disk from round to round of a run: two rounds back, so that one can be run again.
 
 ``round_0007.safetensors`` is the trainer's; ``residual_0007.safetensors``, where updates travel in 8 bits, is
-what rounding left of that round's (``sparsecontrast.deltas``).
+what rounding left of that round's (``sparsecontrast.deltas``), and what was left over before it: that is owed
+still where the round's reply was lost, refused or late, for the numbers that carried it never counted. It is
+passed on from one file to the next, however many replies in a row are lost.
 """
 
 from pathlib import Path
@@ -38,13 +40,23 @@ class KeptRounds:
                 note(self.state_dir, f"{error}; trying an older local state")
         return 0
 
-    def residual(self, number: int) -> np.ndarray | None:
-        """Return what rounding left of round ``number``'s update [n]; None where nothing was kept."""
+    def residual(self, number: int, counted: int | None = None) -> np.ndarray | None:
+        """Return what is owed to the server after round ``number`` [n]; None for nothing.
+
+        Args:
+            number: the round whose state was restored.
+            counted: the last round in which the server joined this site's reply, 0 for none. Where it is
+                earlier than ``number``, the update of ``number`` is gone, as without rounding it would be,
+                and so is what it left; what was left over before it is owed. None where it is not told.
+        """
         file = self._file("residual", number)
         if not file.exists():
             return None
         try:
-            return read_tensors(file)["residual"].numpy()
+            kept = read_tensors(file)
+            if counted is None or counted >= number:
+                return kept["residual"].numpy()
+            return kept["before"].numpy() if "before" in kept else None
         except (CheckpointError, KeyError) as error:  # a little of one update is lost, and no round
             note(self.state_dir, f"{error}; the next update starts from nothing left over")
             return None
@@ -54,12 +66,23 @@ class KeptRounds:
         path = self.folder / "part.safetensors"
         return PartRound(path, f"from {restored}", say=lambda text: note(self.state_dir, text))
 
-    def save(self, trainer: Any, number: int, residual: np.ndarray | None) -> None:
-        """Write a round's files, the state last, and forget all but the newest two."""
+    def save(
+        self, trainer: Any, number: int, residual: np.ndarray | None, before: np.ndarray | None = None
+    ) -> None:
+        """Write a round's files, the state last, and forget all but the newest two.
+
+        Args:
+            trainer: whose local state it is.
+            number: the round.
+            residual: [n], what rounding left of its update; None where nothing is fed back.
+            before: [n], what was added to that update; None for nothing.
+        """
         import torch
 
         if residual is not None:
-            write_tensors(self._file("residual", number), {"residual": torch.from_numpy(residual)})
+            left = {"residual": residual} | ({} if before is None else {"before": before})
+            arrays = {name: torch.from_numpy(array) for name, array in left.items()}
+            write_tensors(self._file("residual", number), arrays)
         trainer.local.save(self._file("round", number))
         self.part(number).remove()
         for old in sorted(n for n in self._kept() if n <= number)[:-STATES_KEPT]:

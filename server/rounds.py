@@ -19,6 +19,7 @@ from torch import Tensor
 from server.conversation import TRAIN, ask
 from server.folder import RunFolder
 from server.log import say, warn
+from server.norms import bound_of, hold
 from server.spool import Spool
 from server.strategy import Aggregator, Contribution, bounded_weights, quorum
 from server.verification import Expectation, RefusedError, read_reply, records_of
@@ -32,6 +33,7 @@ from sparsecontrast.trainer import derive_seed
 # columns of metrics.jsonl that the server fills; a site's metric of that name is dropped
 OURS = (
     "round", "site", "status", "code", "weight", "num_examples", "answer_seconds", "bytes_down", "bytes_up",
+    "update_norm", "clipped",
 )  # fmt: skip
 
 
@@ -93,6 +95,7 @@ class Rounds:
         self.aggregator = Aggregator(self.config)
         self.aggregator.restore(strategy)
         self.parent: str | None = None
+        self.counted: dict[str, int] = {}  # site -> last round that its reply was joined in
         self.spent: set[str] = set()  # may not train any more in this run, and are not asked again
 
     def run(self) -> None:
@@ -105,7 +108,8 @@ class Rounds:
         if self.folder.done is None:
             self._keep(0, {"rows": []})
         else:
-            self.parent = checkpoint.weights_sha256(checkpoint.read_meta(self.folder.path, self.folder.done))
+            meta = checkpoint.read_meta(self.folder.path, self.folder.done)
+            self.parent, self.counted = checkpoint.weights_sha256(meta), meta["counted"]
         for number in range((self.folder.done or 0) + 1, self.config.rounds + 1):
             if not self._round(number):
                 say(f"ends after round {number - 1}: every site's privacy budget is spent")
@@ -130,6 +134,7 @@ class Rounds:
                 f"silent: {outcome.silent or 'none'}; privacy budget spent: {sorted(self.spent) or 'none'}"
             )
         self.flat = self.aggregator.aggregate(number, self.flat, outcome.valid)
+        self.counted |= {reply.site: number for reply in outcome.valid}
         row = _summary(number, outcome, self.config, time.monotonic() - started)
         rows = [*outcome.rows, row]
         self._keep(number, {k: row[k] for k in ("contributors", "refused", "silent")} | {"rows": rows})
@@ -161,6 +166,9 @@ class Rounds:
         )  # fmt: skip
         valid = {n: answers.replies[n].reply for n in sorted(answers.replies) if answers.replies[n].reply}
         refused = answers.errors | {n: r.code for n, r in answers.replies.items() if r.reply is None}
+        lengths = {name: reply.update_norm for name, reply in valid.items()}
+        valid, too_long = self._held(number, valid, expected.reference, spool)
+        refused |= too_long
         for name, code in sorted(refused.items()):
             warn(f"round {number}: {name} left out: {code}")
         for name in answers.silent:
@@ -170,10 +178,24 @@ class Rounds:
         rows = [_row(number, name, valid, refused, answers.seconds.get(name)) for name in names]
         for row in rows:
             row |= {"bytes_down": sent[row["site"]], "bytes_up": received.get(row["site"], 0)}
+            if row["site"] in lengths:
+                row["update_norm"] = lengths[row["site"]]
         _add_weights(rows, list(valid.values()), self.config)
         return Outcome(
             list(valid.values()), refused, answers.silent, rows, sum(sent.values()), sum(received.values())
         )
+
+    def _held(
+        self, number: int, valid: Mapping[str, Contribution], reference: np.ndarray, spool: Spool
+    ) -> tuple[dict[str, Contribution], dict[str, str]]:
+        """Hold a round's updates to a bound; returns what may be joined, and the codes of what may not."""
+        bound = bound_of([reply.update_norm for reply in valid.values()], self.config)
+        held, refused = hold(list(valid.values()), reference, bound, spool)
+        for reply in held:
+            if reply.clipped:
+                lengths = f"{reply.update_norm:.3g}, shortened to {bound:.3g}"
+                warn(f"round {number}: the update of {reply.site} has length {lengths}")
+        return {reply.site: reply for reply in held}, refused
 
     def _letter(self, name: str, number: int, shared: Mapping[str, Any]) -> tuple[int, RecordDict]:
         """Address the round's weights and orders to one site; the weights are the same for all."""
@@ -185,6 +207,7 @@ class Rounds:
                 "rounds": self.config.rounds,
                 "run_key": self.folder.run_key,
                 "proximal_mu": self.aggregator.proximal_mu,
+                "counted": self.counted.get(name, 0),
             }
         )
         return self.sites[name], RecordDict({**shared, "config": orders})
@@ -194,6 +217,7 @@ class Rounds:
         tensors = payload.unpack(payload.repack(self.flat, self.shapes, "fp32"))
         meta = {
             **facts,
+            "counted": self.counted,
             "run_key": self.folder.run_key,
             "seed": self.folder.config.seed,
             "parent": self.parent,
@@ -239,7 +263,7 @@ def _row(
     if site in valid:
         metrics = {k.replace("-", "_"): v for k, v in valid[site].metrics.items()}
         told = {k: v for k, v in metrics.items() if k not in OURS}
-        row |= {"num_examples": valid[site].examples} | told
+        row |= {"num_examples": valid[site].examples, "clipped": valid[site].clipped} | told
     return row
 
 

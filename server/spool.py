@@ -41,8 +41,20 @@ class Spool:
             StorageError: the disk is full.
         """
         path = self.folder / f"{len(list(self.folder.iterdir())):04d}.npy"
+        return self._write(path, reply, reply.flat)
+
+    def replace(self, reply: Contribution, flat: np.ndarray) -> Contribution:
+        """Put other weights [n] in the place of those that a reply of this spool waits with.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        assert isinstance(reply.source, Path)
+        return self._write(reply.source, reply, flat)
+
+    def _write(self, path: Path, reply: Contribution, flat: np.ndarray) -> Contribution:
         try:
-            np.save(path, reply.flat)
+            np.save(path, flat)
         except OSError as error:
             raise StorageError(
                 f"cannot write {path}: {error.strerror or error}; a round needs room for one model a site. "

@@ -34,7 +34,7 @@ STRATEGIES: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 # take a mean of the replies and go on from it: they need one reply in memory at a time, and would do with the
 # sum alone, which is all that secure aggregation gives; the others compare single replies
-_OF_THE_MEAN = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
+OF_THE_MEAN = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedavgm")
 _COUNTS = ("num_malicious_nodes", "num_nodes_to_select")
 # Flower takes distances as |x|^2 + |y|^2 - 2xy, which cancels in fp32: near replies look equal
 _BY_DISTANCE = ("krum", "multikrum", "bulyan")
@@ -50,12 +50,16 @@ class Contribution:
         source: [n] fp32 weights in the canonical layout, or the ``.npy`` file that they wait in.
         examples: images it trained on, positive.
         metrics: finite scalars.
+        update_norm: 2-norm of the weights less those that the round sent out, as they arrived.
+        clipped: whether the update was shortened, see ``server.norms``.
     """
 
     site: str
     source: np.ndarray | Path
     examples: int
     metrics: dict[str, int | float]
+    update_norm: float = 0.0
+    clipped: bool = False
 
     @property
     def flat(self) -> np.ndarray:
@@ -146,7 +150,7 @@ class Aggregator:
             self.strategy.current_arrays = {_KEY: current}
 
     def _messages(self, replies: Sequence[Contribution], weights: Sequence[float]) -> list[Message]:
-        if self.config.strategy in _OF_THE_MEAN and replies:
+        if self.config.strategy in OF_THE_MEAN and replies:
             return [self._message(weighted_mean(replies, weights), 1.0)]
         return [self._message(r.flat, w) for r, w in zip(replies, weights, strict=True)]
 

@@ -81,7 +81,7 @@ def read_reply(site: str, reply: RecordDict, expected: Expectation) -> Contribut
     examples = metrics.pop("num-examples", None)
     if not isinstance(examples, int) or isinstance(examples, bool) or examples <= 0:
         raise PayloadError("weight", f"num-examples is {examples!r}, must be a positive integer")
-    return Contribution(site, flat, examples, metrics)
+    return Contribution(site, flat, examples, metrics, payload.norm(flat - expected.reference))
 
 
 def _array(reply: RecordDict, expected: Expectation) -> np.ndarray:

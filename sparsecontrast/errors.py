@@ -163,7 +163,7 @@ class PayloadError(SparseContrastError):
 
     Args:
         reason: one of ``names``, ``shape``, ``dtype``, ``size``, ``nonfinite``, ``norm``,
-            ``manifest``, ``weight``, ``stale``; becomes the end of ``code``.
+            ``update_norm``, ``manifest``, ``weight``, ``stale``; becomes the end of ``code``.
         message: what was wrong, without values of the arrays.
     """
 

@@ -159,6 +159,10 @@ def federation_relations(f: FederationConfig) -> Relations:
             f.min_sites <= f.sites,
             f"federation.min_sites={f.min_sites}: must be in 1..federation.sites={f.sites}",
         ),
+        (
+            f.update_norm in ("auto", "none") if isinstance(f.update_norm, str) else f.update_norm > 0,
+            f"federation.update_norm={f.update_norm}: must be auto, none or a positive number",
+        ),
     ]
 
 

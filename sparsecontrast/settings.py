@@ -141,6 +141,7 @@ class FederationConfig:
     weighting: Literal["examples", "uniform"]
     max_weight: float
     max_norm_ratio: float
+    update_norm: str | float
     partition: Literal["by_site", "dirichlet", "quantity", "iid", "scanner"]
     alpha: float
     workers: int

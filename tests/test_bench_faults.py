@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,3 +150,24 @@ def test_an_update_is_multiplied_and_passes_every_check_of_form(tmp_path):
     payload.verify(payload.Payload(flat, dict(told.content.config_records["manifest"])), shapes)
     ((_, honest),) = lying.deliver("b", 1, reply)  # type: ignore[arg-type]
     assert honest is reply
+
+
+@pytest.mark.parametrize("worth", [0.1, 0.0])
+def test_the_bar_of_lying_sites_must_be_missed_by_what_was_never_trained(worth, tmp_path, monkeypatch):
+    """Where training is worth nothing, or a defence does nothing, the rows say so."""
+    clean, asked = 0.7, set()
+
+    def trained(wire, folder, strategy, count, factor, seed):
+        asked.add((strategy, seed))
+        harmed = count and ("no norm bound" in strategy or strategy == "krum")
+        return clean - (worth if harmed else 0.0), 0
+
+    monkeypatch.setattr(byzantine, "when_used", lambda *_: nullcontext(lambda: None))
+    monkeypatch.setattr(byzantine, "trained", trained)
+    monkeypatch.setattr(byzantine, "auroc", lambda run, features: clean - worth)
+    rows = {row["fault"]: row["held"] for row in faults.run_group("byzantine", tmp_path, quick=False)}
+    controls = {fault for fault in rows if fault.startswith("control")}
+    assert len(controls) == 9 and {seed for _, seed in asked} == {0, 1, 2}
+    assert {rows[fault] for fault in controls} == {worth > byzantine.ALLOWED}
+    for fault in set(rows) - controls:
+        assert rows[fault] == (not (worth and fault.startswith("krum"))), fault

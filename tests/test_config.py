@@ -67,6 +67,9 @@ def test_one_string_of_overrides_as_flower_carries_it():
         ("evaluation.keep=foo", "evaluation.keep=foo: must be dense, sparse or a number in"),
         ("evaluation.keep=0.2", r"number in \[0.25, 1\]"),
         ("evaluation.keep=nan", "evaluation.keep=nan"),
+        ("federation.update_norm=0", "update_norm=0.0: must be auto, none or a positive number"),
+        ("federation.update_norm=some", "update_norm=some: must be auto"),
+        ("federation.update_norm=inf", "update_norm"),
         ("evaluation.baselines=[pixels,foo]", r"\['foo'\]; known: pixels"),
         ("evaluation.label_fractions=[]", "evaluation.label_fractions"),
         ("privacy.target_epsilon=3", "means nothing under privacy=none; choose privacy=dp_sgd"),
@@ -131,7 +134,7 @@ def numbers(cls: type = Config, where: str = "") -> dict[str, str]:
 
 
 def test_every_number_has_a_range():
-    by_relation = {"evaluation.keep"}  # a name or a number that depends on the cell
+    by_relation = {"evaluation.keep", "federation.update_norm"}  # a name or a number
     assert set(numbers()) - by_relation == set(RANGES)
 
 

@@ -1,14 +1,17 @@
-"""Sites that lie within what the server lets in: updates turned round, or ten times too long.
+"""Sites that lie in what the server can read: updates turned round, or many times too long.
 
 Ten sites of phantoms, a small ViT. One or two sites train honestly and their update (their weights less the
 round's) is multiplied on the wire. What is judged is the backbone in the end: its mean linear-probe AUROC
 over the findings may be at most 0.02 below that of the same strategy without liars. FedAvg has its norm
 bound alone, median and Krum are robust by themselves.
+
+The bar means something only where it can be missed. So there are controls that hold where they miss it: the
+network that was never trained, and FedAvg without its bound under two attacks.
 """
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +23,23 @@ from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, serve, when_use
 from sparsecontrast import payload
 
 SITES, ROUNDS, ALLOWED = 10, 4, 0.02
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 NAMES = tuple(f"hospital_{i:02d}" for i in range(SITES))
 STRATEGIES = {
-    "fedavg, norm bound": ("federation.strategy=fedavg",),
+    "fedavg, norm bound": ("federation.strategy=fedavg", "federation.update_norm=auto"),
     "median": ("federation.strategy=median",),
     "krum": ("federation.strategy=krum", "federation.options={num_malicious_nodes: 2}"),
 }
-ATTACKS = {"update turned round": -1.0, "update ten times as long": 10.0}
+UNBOUND = {"fedavg, no norm bound": ("federation.strategy=fedavg", "federation.update_norm=none")}
+ATTACKS = {
+    "update turned round": -1.0, "update ten times as long": 10.0,
+    "update turned round, ten times as long": -10.0, "update 300 times as long": 300.0,
+}  # fmt: skip
+CONTROLS = ("update turned round, ten times as long", "update 300 times as long")
 SIZE = (
     "backbone.img_size=64", "backbone.patch_size=8", "backbone.depth=2", "data.phantom.patients_per_site=24",
     "train.batch_size=16", f"federation.rounds={ROUNDS}", "federation.round_timeout=900",
-    "evaluation.bootstrap=20", "evaluation.label_fractions=[1.0]", "evaluation.baselines=[]",
+    "evaluation.bootstrap=20", "evaluation.label_fractions=[1.0]", "evaluation.baselines=[random_init]",
     "evaluation.overlays=0",
 )  # fmt: skip
 
@@ -81,13 +89,38 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
 
             return Case("byzantine", f"{strategy}, seed {seed}: {attack}, {count} of {SITES}", work)
 
-        yield [
-            of(strategy, attack, count, seed)
-            for seed in SEEDS
-            for count in (2, 1)
-            for strategy in STRATEGIES
-            for attack in ATTACKS
-        ]
+        def control(name: str, seed: int, told: Callable[[], float]) -> Case:
+            clean = functools.partial(score, "fedavg, norm bound", 0, 1.0, seed)
+            return missed(f"control, seed {seed}: {name}", lambda: clean()[0], told)
+
+        def untrained(seed: int) -> float:
+            return auroc(folder / f"fedavg, norm bound-0-1-{seed}" / "run", "random_init")
+
+        def unbound(strategy: str, attack: str, seed: int) -> float:
+            return score(strategy, 2, ATTACKS[attack], seed)[0]
+
+        found = []
+        for seed in SEEDS[:1] if quick else SEEDS:
+            found.append(control("the untrained network", seed, functools.partial(untrained, seed)))
+            found += [
+                control(f"{s}: {a}, 2 of {SITES}", seed, functools.partial(unbound, s, a, seed))
+                for s in UNBOUND
+                for a in CONTROLS
+            ]
+            found += [of(s, a, count, seed) for count in (2, 1) for s in STRATEGIES for a in ATTACKS]
+        yield found
+
+
+def missed(name: str, clean: Callable[[], float], told: Callable[[], float]) -> Case:
+    """Make a control, an AUROC that must not pass the bar; ``told`` may read the run that ``clean`` made."""
+
+    def work(_: Path) -> Found:
+        wanted, found = clean(), told()
+        text = f"AUROC {found:.3f}, clean {wanted:.3f}"
+        expect(wanted - found > ALLOWED, f"{text}: it passes the bar, which therefore shows nothing")
+        return {"found": f"{text}: misses the bar", "auroc": round(found, 4), "clean_auroc": round(wanted, 4)}
+
+    return Case("byzantine", name, work)
 
 
 def trained(
@@ -95,15 +128,15 @@ def trained(
 ) -> tuple[float, int]:
     """Train with so many liars; returns the mean AUROC over the findings, and how many lies were refused."""
     liars, run = NAMES[SITES - count :], folder / "run"
-    told = words(folder, SITES, *SIZE, *STRATEGIES[strategy], f"seed={seed}")
+    told = words(folder, SITES, *SIZE, *(STRATEGIES | UNBOUND)[strategy], f"seed={seed}")
     if (run / "config.yaml").exists():
         told = [f"resume={run}"]
     rows = whole_rounds(serve(wire, told, Liars(run, liars, factor)))
     return auroc(run), sum(len(row["refused"]) for row in rows)
 
 
-def auroc(run: Path) -> float:
-    """Score a run's last round: the mean linear-probe AUROC over all findings, every label."""
+def auroc(run: Path, features: str = "federated") -> float:
+    """Score a run's last round, or its baseline: mean linear-probe AUROC over all findings, every label."""
     from sparsecontrast.evaluation import evaluate_run
     from sparsecontrast.findings import pick, questions
 
@@ -112,6 +145,6 @@ def auroc(run: Path) -> float:
         row["value"]
         for question in questions(evaluation)
         for row in pick(evaluation["rows"], question, metric="linear_probe_auroc")
-        if row["value"] is not None and row["features"] == "federated"
+        if row["value"] is not None and row["features"] == features
     ]
     return float(np.mean(found))

@@ -112,6 +112,7 @@ def words(folder: Path, sites: int, *more: str) -> list[str]:
     base = [
         *TINY, "data=phantom", f"data.phantom.sites={sites}", "data.phantom.patients_per_site=8",
         f"federation.sites={sites}", "federation.connect_timeout=900",
+        "federation.update_norm=none",  # a round must be the mean of whole updates, see answers.py
         overrides.assign("output_dir", folder / "run"),
         overrides.assign("data.cache_dir", folder.parent / "cache"),
     ]  # fmt: skip
