@@ -46,6 +46,7 @@ def main() -> None:
     # started in the background of a shell it would not hear that its SuperNode has ended, and stay for good
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get(VARIABLE) != "no":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # as in the sentinel: the template imports its client
         start_with(
             Template(), importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
         )

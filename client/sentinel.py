@@ -8,6 +8,7 @@ bundle is touched, it holds to what ``site.yaml`` says:
   runs bundles with these digests alone; ``python -m client.sentinel digest FOLDER`` tells the digest of an
   app's folder that was read and approved.
 - ``limits.seconds`` ends an answer that takes longer, hung or not; ``limits.memory_gib`` bounds the process.
+- No model hub is asked for anything: weights come from the server.
 - No text of an exception leaves, not even of one that Flower itself catches.
 
 What is here holds for Flower 1.41; ``tests/test_sentinel.py`` fails if Flower's process is built otherwise.
@@ -37,6 +38,7 @@ OURS = ("client", "server", "sparsecontrast", "simulation")
 
 def main() -> None:
     """Answer one message under the site's limits; the arguments are those of Flower's program."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client reads it when it is imported, which is later
     site = read_site_file(Path(os.environ[VARIABLE]))
     folder = anchored(site.state_dir)
     limit_memory(site.limits.memory_gib)

@@ -8,7 +8,8 @@ A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital
 
 What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a message
 are dropped unread, and ``client.log`` names them. So is a file of pretrained weights: weights come from
-the server, and how its reading ends would tell which files lie here. A simulated node has only a
+the server, and how its reading ends would tell which files lie here. What of a message is heard, and what
+makes it refused, stands in ``client/heard.py``. A simulated node has only a
 partition number and takes the site of that rank from the configured data.
 """
 
@@ -19,16 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.heard import RUNS, heard
 from sparsecontrast.config import anchored, shared_state_dir, site_state_dir, split_overrides
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.federated import RunConfig, compose_run, kind_of
-from sparsecontrast.overrides import key_of, without
+from sparsecontrast.overrides import key_of
 from sparsecontrast.settings import SiteConfig
 from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file
 
-# the server's word on these is not heard,
-OWN = ("data", "cells", "privacy", "site", "audit", "output_dir", "resume", "init")
-RUNS = ("cells.classes",)  # but on these it is: they are the size of the network
 _composed = functools.lru_cache(maxsize=4)(compose_run)
 
 
@@ -113,20 +112,20 @@ def _own_site(path: Path, overrides: str) -> Site:
 def _told_site(path: Path, text: str, overrides: str) -> Site:
     told = parse_site_file(path, text)
     words = split_overrides(overrides)
-    heard = compose_run([word for word in words if key_of(word) in RUNS or without([word], OWN)])
+    asked = compose_run(heard(words))
     state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
-        kind_of(heard).at_site(heard, told.overrides),
+        kind_of(asked).at_site(asked, told.overrides),
         site=SiteConfig(told.name, str(state_dir)),
         output_dir=str(state_dir),
     )
-    return Site(told.name, config, state_dir, False, _unheard(words, heard), told.egress)
+    return Site(told.name, config, state_dir, False, _unheard(words, asked), told.egress)
 
 
-def _unheard(words: Sequence[str], heard: RunConfig) -> tuple[str, ...]:
+def _unheard(words: Sequence[str], asked: RunConfig) -> tuple[str, ...]:
     """Name what the server said of data and privacy, as overrides or within an experiment."""
     keys = {key for word in words if (key := key_of(word)).split(".")[0] in ("data", "cells", "privacy")}
-    if heard.privacy.name != "none":
+    if asked.privacy.name != "none":
         keys.add("privacy")
     return tuple(sorted(keys.difference(RUNS)))
 

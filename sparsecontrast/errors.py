@@ -24,7 +24,8 @@
     ├── LimitError                      limit           the site's own limits, see client/sentinel.py
     │   ├── OvertimeError               overtime        an answer that took longer than the site allows
     │   ├── OutOfMemoryError            out_of_memory   more memory than there is, or than the site allows
-    │   └── AppRefusedError             app_refused     an app that the site does not run
+    │   ├── AppRefusedError             app_refused     an app that the site does not run
+    │   └── OverrideRefusedError        override_refused  a server's override that does more than set a value
     ├── StorageError                    storage         full disk, read-only folder
     │   └── CheckpointError             checkpoint      torn, foreign or missing round file
     ├── FederationError                 federation
@@ -195,6 +196,12 @@ class AppRefusedError(LimitError):
     """The server's app is none that this site runs."""
 
     code = "app_refused"
+
+
+class OverrideRefusedError(LimitError):
+    """An override in a server's message would look something up at the site."""
+
+    code = "override_refused"
 
 
 class StorageError(SparseContrastError):
