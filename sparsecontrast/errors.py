@@ -159,12 +159,14 @@ class HeldError(EgressError):
     code = "held"
 
 
+REASONS = ("names", "shape", "dtype", "size", "nonfinite", "norm", "manifest", "weight", "stale")
+
+
 class PayloadError(SparseContrastError):
     """A payload may not leave, or may not be aggregated.
 
     Args:
-        reason: one of ``names``, ``shape``, ``dtype``, ``size``, ``nonfinite``, ``norm``,
-            ``manifest``, ``weight``, ``stale``; becomes the end of ``code``.
+        reason: one of ``REASONS``; becomes the end of ``code``.
         message: what was wrong, without values of the arrays.
     """
 
@@ -244,3 +246,22 @@ class LabelError(EvaluationError):
     """A label is absent or constant where both classes are needed."""
 
     code = "label"
+
+
+def _codes(root: type[SparseContrastError]) -> set[str]:
+    return {root.code}.union(*(_codes(child) for child in root.__subclasses__()))
+
+
+CODES = frozenset(_codes(SparseContrastError) | {f"payload_{reason}" for reason in REASONS})
+"""All that may travel: what is derived from these errors elsewhere adds none."""
+
+
+def code_of(error: Exception) -> str:
+    """Name what went wrong in a word that may travel, one of ``CODES``."""
+    if isinstance(error, SparseContrastError):
+        return error.code if error.code in CODES else SparseContrastError.code
+    # torch's allocators raise RuntimeErrors of their own
+    full = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+    )
+    return OutOfMemoryError.code if full else SparseContrastError.code
