@@ -103,7 +103,7 @@ def _answer(
     work: Callable[[Message, Sequence[Any]], RecordDict], message: Message, context: Context
 ) -> Message:
     """Do the work; turn every exception into a code, and write its text where only the site reads it."""
-    from client.site import addressed, log_folder, resolve
+    from client.site import addressed, house, resolve
 
     overrides, name, folder = "", "", None
     try:
@@ -117,7 +117,9 @@ def _answer(
         content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
         code = code_of(error)
-        if (folder := folder or log_folder(context.node_config, overrides)) is not None:
+        if folder is None:
+            name, folder = house(context.node_config, overrides)
+        if folder is not None:
             note(folder, f"{code}\n{traceback.format_exc()}")
         status: dict[str, Any] = {"status": "error", "code": code, "site": name}
         content = RecordDict({"status": ConfigRecord(status)})

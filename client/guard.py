@@ -17,8 +17,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp.typing import ClientAppCallable
 
 from client.log import note
-from client.site import Site, addressed, log_folder, resolve
-from sparsecontrast.errors import EgressError, code_of
+from client.site import Site, addressed, house, resolve
+from sparsecontrast.errors import EgressError, SparseContrastError, code_of
 from sparsecontrast.settings import Config
 
 TRAIN = {"arrays", "manifest", "status", "metrics"}
@@ -26,25 +26,26 @@ TRAIN = {"arrays", "manifest", "status", "metrics"}
 
 @dataclass(frozen=True)
 class _Me:
-    """Who answers: sites (none where the configuration is not in order), and where their log lies."""
+    """Who answers: sites (none where the run is not in order), their names, and where their log lies."""
 
     sites: Sequence[Site] = ()
+    names: tuple[str, ...] = ()
     folder: Path | None = None
 
     @property
     def name(self) -> str:
-        return self.sites[0].name if len(self.sites) == 1 else ""
+        return self.names[0] if len(self.names) == 1 else ""
 
 
 def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """Let the app answer, look at the answer, and log what goes in its place."""
-    reply = call_next(message, context)
-    me = _who(message, context)
+    me = _Me()
     try:
-        content, facts = _made_anew(message, reply.content, me)
+        me = _who(message, context)
+        content, facts = _made_anew(message, call_next(message, context).content, me)
         _log(message, me, facts)
     except Exception as error:  # noqa: BLE001  whatever fails here, the answer must not leave
-        content = _held_back(error, me)
+        content = _held_back(error, message, me)
     return Message(content, reply_to=message)
 
 
@@ -57,7 +58,7 @@ def _made_anew(message: Message, content: RecordDict, me: _Me) -> tuple[RecordDi
     from sparsecontrast.statuses import Known, rebuilt
 
     orders = _orders(message)
-    known = Known(tuple(site.name for site in me.sites), orders.get("round"), orders.get("run_key"))
+    known = Known(me.names, orders.get("round"), orders.get("run_key"))
     told = rebuilt(_kind(message), dict(content.config_records.get("status", {})), known)
     facts = {"status": told["status"], "site": told.get("site") or me.name}
     facts |= {key: told[key] for key in ("code",) if key in told}
@@ -161,10 +162,11 @@ def _who(message: Message, context: Context) -> _Me:
         overrides = str(config["overrides"])
         sites = addressed(resolve(context.node_config, overrides), config)
         if len(sites) == 1:
-            return _Me(sites, sites[0].state_dir)
+            return _Me(sites, (sites[0].name,), sites[0].state_dir)
     except Exception:  # noqa: BLE001  the app answers it with a code
         sites = []
-    return _Me(sites, log_folder(context.node_config, overrides))
+    name, folder = house(context.node_config, overrides)
+    return _Me(sites, (name,) if name else tuple(site.name for site in sites), folder)
 
 
 def _log(message: Message, me: _Me, facts: Mapping[str, Any]) -> None:
@@ -180,11 +182,16 @@ def _log(message: Message, me: _Me, facts: Mapping[str, Any]) -> None:
         EgressLog(me.folder).append(_kind(message), {**_orders(message), **facts})
 
 
-def _held_back(error: Exception, me: _Me) -> RecordDict:
-    code = code_of(error)
+def _held_back(error: Exception, message: Message, me: _Me) -> RecordDict:
+    """Make the answer that says no more than a code, and log that too."""
+    told: dict[str, Any] = {"status": "error", "code": code_of(error), "site": me.name}
     if me.folder is not None:
-        note(me.folder, f"held back: {code}\n{traceback.format_exc()}")
-    return RecordDict({"status": ConfigRecord({"status": "error", "code": code, "site": me.name})})
+        note(me.folder, f"held back: {told['code']}\n{traceback.format_exc()}")
+        try:
+            _log(message, me, told)
+        except SparseContrastError as broken:  # then the coordinator must still hear that this site is out
+            note(me.folder, f"{told['code']} leaves without a row in the log: {broken}")
+    return RecordDict({"status": ConfigRecord(told)})
 
 
 def _kind(message: Message) -> str:

@@ -9,7 +9,8 @@ bundle is touched, it holds to what ``site.yaml`` says:
   app's folder that was read and approved.
 - ``limits.seconds`` ends an answer that takes longer, hung or not; ``limits.memory_gib`` bounds the process.
 - No model hub is asked for anything: weights come from the server.
-- No text of an exception leaves, not even of one that Flower itself catches.
+- No text of an exception leaves, not even of one that Flower itself catches, and a row of the egress log
+  tells that its number did.
 
 What is here holds for Flower 1.41; ``tests/test_sentinel.py`` fails if Flower's process is built otherwise.
 """
@@ -28,7 +29,8 @@ from typing import Any, NoReturn
 
 from client.log import note
 from sparsecontrast.config import anchored
-from sparsecontrast.errors import AppRefusedError
+from sparsecontrast.egress import EgressLog
+from sparsecontrast.errors import AppRefusedError, SparseContrastError
 from sparsecontrast.site_file import SiteFile, read_site_file
 
 VARIABLE = "SPARSECONTRAST_SITE"  # names the site's file
@@ -97,6 +99,11 @@ def put_around(runtime: Any, site: SiteFile, folder: Path) -> None:
 
     def silent(code: int, reason: str | None = None) -> Any:
         note(folder, f"flower error {code}: {reason}")
+        try:  # it leaves around the guard
+            row = {"status": "error", "code": f"flower_{code}", "site": site.name}
+            EgressLog(folder).append("flower", row)
+        except SparseContrastError as broken:
+            note(folder, f"flower error {code} leaves without a row in the log: {broken}")
         return error(code, "see client.log at the site")
 
     runtime.Error = silent

@@ -26,7 +26,7 @@ from sparsecontrast.errors import ConfigError
 from sparsecontrast.federated import RunConfig, compose_run, kind_of
 from sparsecontrast.overrides import key_of
 from sparsecontrast.settings import SiteConfig
-from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file
+from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file, read_site_file
 
 _composed = functools.lru_cache(maxsize=4)(compose_run)
 
@@ -91,14 +91,23 @@ def addressed(sites: Sequence[Any], config: Mapping[str, Any]) -> Sequence[Any]:
     return meant
 
 
-def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
-    """Find a folder of the site's own for errors that arise before the site is known."""
+def house(node_config: Mapping[str, Any], overrides: str) -> tuple[str, Path | None]:
+    """Find the site's name and its folder where a run is in no order: of its file alone, if that can be read.
+
+    Returns:
+        The name, "" where no file tells it; the folder, beside a file that cannot be read, None for nowhere.
+    """
     if "site-config" in node_config:
-        return Path(str(node_config["site-config"])).parent
+        path = Path(str(node_config["site-config"]))
+        try:
+            told = read_site_file(path)
+            return told.name, anchored(told.state_dir)
+        except ConfigError:
+            return "", path.parent
     try:
-        return site_state_dir(_composed(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
+        return "", site_state_dir(_composed(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
     except ConfigError:
-        return None
+        return "", None
 
 
 def _own_site(path: Path, overrides: str) -> Site:

@@ -11,6 +11,7 @@ import pytest
 from flwr.supernode.runtime import run_clientapp
 
 from client import app, sentinel
+from sparsecontrast.egress import EgressLog
 from sparsecontrast.errors import AppRefusedError, ConfigError, OvertimeError, SparseContrastError, code_of
 from sparsecontrast.site_file import parse_site_file
 
@@ -47,6 +48,11 @@ def test_what_flower_says_of_an_exception_stays_at_the_site(tmp_path):
     error = around.Error(code=2, reason="<class 'OSError'>:<'/pacs/DOE^JANE.dcm'>")
     assert error.code == 2 and "DOE" not in str(error.reason)
     assert "/pacs/DOE^JANE.dcm" in (tmp_path / "client.log").read_text()
+    (row,) = EgressLog(tmp_path).rows()  # no guard sees this answer
+    assert (row.kind, row.content["code"], row.content["site"]) == ("flower", "flower_2", "x")
+    EgressLog(tmp_path).path.unlink()
+    assert around.Error(code=2, reason="x").code == 2
+    assert "without a row" in (tmp_path / "client.log").read_text()
 
 
 def test_a_bundle_that_the_site_does_not_name_is_refused_before_it_is_unpacked(tmp_path):
