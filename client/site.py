@@ -7,10 +7,10 @@ A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital
     overrides: [data=csv, data.root=/images]   # of data, cells, privacy, backbone
 
 What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a message
-are dropped unread, and ``client.log`` names them. So is a file of pretrained weights: weights come from
-the server, and how its reading ends would tell which files lie here. What of a message is heard, and what
-makes it refused, stands in ``client/heard.py``. A simulated node has only a
-partition number and takes the site of that rank from the configured data.
+are dropped unread, and ``client.log`` names the key of each. So is a file of pretrained weights: weights
+come from the server, and how its reading ends would tell which files lie here. What of a message is heard,
+and what makes it refused, stands in ``client/heard.py``. A simulated node has only a partition number and
+takes the site of that rank from the configured data.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.heard import RUNS, heard
+from client.heard import heard, hold_to, unheard
 from sparsecontrast.config import anchored, shared_state_dir, site_state_dir, split_overrides
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.federated import RunConfig, compose_run, kind_of
@@ -40,7 +40,7 @@ class Site:
         config: of the run, with what the site owns put in its place.
         state_dir: durable files of this site.
         simulated: whether the data hold other sites too.
-        unheard: keys of which the server spoke though they are the site's own.
+        unheard: keys of which the server spoke in vain, for the site's own file decides.
         egress: how answers leave.
     """
 
@@ -128,15 +128,9 @@ def _told_site(path: Path, text: str, overrides: str) -> Site:
         site=SiteConfig(told.name, str(state_dir)),
         output_dir=str(state_dir),
     )
-    return Site(told.name, config, state_dir, False, _unheard(words, asked), told.egress)
-
-
-def _unheard(words: Sequence[str], asked: RunConfig) -> tuple[str, ...]:
-    """Name what the server said of data and privacy, as overrides or within an experiment."""
-    keys = {key for word in words if (key := key_of(word)).split(".")[0] in ("data", "cells", "privacy")}
-    if asked.privacy.name != "none":
-        keys.add("privacy")
-    return tuple(sorted(keys.difference(RUNS)))
+    hold_to(told.limits, config)
+    pinned = any(key_of(word).split(".")[0] == "backbone" for word in told.overrides)
+    return Site(told.name, config, state_dir, False, unheard(words, asked, pinned), told.egress)
 
 
 def _simulated_sites(partition: int, nodes: int, config: RunConfig) -> list[Site]:
