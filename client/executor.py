@@ -36,7 +36,8 @@ MODULES = (
     "client.sentinel", "flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp",
     "client.app", "client.rounds", "client.site", "sparsecontrast.federated.images",
     "sparsecontrast.trainers", "sparsecontrast.deltas",
-    "sparsecontrast.egress", "sparsecontrast.approval", "sparsecontrast.release", "sparsecontrast.progress",
+    "sparsecontrast.egress", "sparsecontrast.approval", "sparsecontrast.release", "sparsecontrast.statuses",
+    "sparsecontrast.progress",
     "sparsecontrast.data.cache", "sparsecontrast.data.index", "sparsecontrast.data.sites", "pandas",
 )  # fmt: skip
 
