@@ -11,7 +11,6 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -22,9 +21,8 @@ from client.log import note
 from sparsecontrast.errors import (
     BackboneMismatchError,
     ConfigError,
-    OutOfMemoryError,
     PayloadError,
-    SparseContrastError,
+    code_of,
 )
 
 app = ClientApp(mods=[guard])
@@ -46,8 +44,9 @@ def train(message: Message, context: Context) -> Message:
 def _hello(message: Message, sites: Sequence[Any]) -> RecordDict:
     from sparsecontrast.federated import kind_of
     from sparsecontrast.payload import fingerprint
+    from sparsecontrast.statuses import own_version
 
-    status: dict[str, Any] = {"status": "ok", "version": _version()}
+    status: dict[str, Any] = {"status": "ok", "version": own_version()}
     if sites:
         status["sites"] = [site.name for site in sites]
         config = sites[0].config
@@ -104,7 +103,7 @@ def _answer(
     work: Callable[[Message, Sequence[Any]], RecordDict], message: Message, context: Context
 ) -> Message:
     """Do the work; turn every exception into a code, and write its text where only the site reads it."""
-    from client.site import addressed, log_folder, resolve
+    from client.site import addressed, house, resolve
 
     overrides, name, folder = "", "", None
     try:
@@ -117,23 +116,14 @@ def _answer(
                 note(folder, f"refused from the server, this site's own file decides: {sites[0].unheard}")
         content = work(message, sites)
     except Exception as error:  # noqa: BLE001  every failure must become an answer, and only a code
-        code = _code(error)
-        if (folder := folder or log_folder(context.node_config, overrides)) is not None:
+        code = code_of(error)
+        if folder is None:
+            name, folder = house(context.node_config, overrides)
+        if folder is not None:
             note(folder, f"{code}\n{traceback.format_exc()}")
         status: dict[str, Any] = {"status": "error", "code": code, "site": name}
         content = RecordDict({"status": ConfigRecord(status)})
     return Message(content, reply_to=message)
-
-
-def _code(error: Exception) -> str:
-    """Name what went wrong in a word that may travel."""
-    if isinstance(error, SparseContrastError):
-        return error.code
-    # torch's allocators raise RuntimeErrors of their own
-    full = isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
-    )
-    return OutOfMemoryError.code if full else "internal"
 
 
 def _orders(config: ConfigRecord) -> tuple[int, int, str, float, int | None]:
@@ -188,10 +178,3 @@ def _array(flat: Any) -> Array:
     from sparsecontrast.payload import to_npy
 
     return Array(str(flat.dtype), tuple(flat.shape), "numpy.ndarray", to_npy(flat))
-
-
-def _version() -> str:
-    try:
-        return version("sparsecontrast")
-    except PackageNotFoundError:  # an unpacked FAB without an installed copy
-        return "unknown"

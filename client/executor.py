@@ -36,7 +36,8 @@ MODULES = (
     "client.sentinel", "flwr.supernode.runtime.run_clientapp", "flwr.supernode.cli.flwr_clientapp",
     "client.app", "client.rounds", "client.site", "sparsecontrast.federated.images",
     "sparsecontrast.trainers", "sparsecontrast.deltas",
-    "sparsecontrast.egress", "sparsecontrast.approval", "sparsecontrast.release", "sparsecontrast.progress",
+    "sparsecontrast.egress", "sparsecontrast.approval", "sparsecontrast.release", "sparsecontrast.statuses",
+    "sparsecontrast.progress",
     "sparsecontrast.data.cache", "sparsecontrast.data.index", "sparsecontrast.data.sites", "pandas",
 )  # fmt: skip
 
@@ -46,6 +47,7 @@ def main() -> None:
     # started in the background of a shell it would not hear that its SuperNode has ended, and stay for good
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get(VARIABLE) != "no":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # as in the sentinel: the template imports its client
         start_with(
             Template(), importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
         )

@@ -1,66 +1,82 @@
-"""The last look: a Flower mod that sees every answer of this node as it would leave, and can hold it back.
+"""The last look: a Flower mod that sees every answer of this node, and makes what leaves in its place.
 
 It stands outside of the app, so that a fault there, or code that was put there, meets it too. An answer is
-checked (``sparsecontrast.release``), approved by a person where the site wants that, and logged on disk
-(``sparsecontrast.egress``); then it goes. What does not pass goes as a code.
+checked (``sparsecontrast.release``, ``sparsecontrast.statuses``), approved by a person where the site wants
+that, and logged on disk (``sparsecontrast.egress``). What then goes is written anew from what was verified:
+nothing of the app's own message is passed on. What does not pass goes as a code.
 """
 
 import math
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from client.log import note
-from client.site import Site, addressed, log_folder, resolve
-from sparsecontrast.errors import EgressError, SparseContrastError
+from client.site import Site, addressed, house, resolve
+from sparsecontrast.errors import EgressError, SparseContrastError, code_of
 from sparsecontrast.settings import Config
 
 TRAIN = {"arrays", "manifest", "status", "metrics"}
 
 
+@dataclass(frozen=True)
+class _Me:
+    """Who answers: sites (none where the run is not in order), their names, and where their log lies."""
+
+    sites: Sequence[Site] = ()
+    names: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.names[0] if len(self.names) == 1 else ""
+
+
 def guard(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Let the app answer, look at the answer, and log it before it goes."""
-    reply = call_next(message, context)
-    sites, folder, name = _who(message, context)
+    """Let the app answer, look at the answer, and log what goes in its place."""
+    me = _Me()
     try:
-        if folder is None:  # not even a place to log: a code is all that may leave
-            raise EgressError("this node has no configuration, so nothing may leave but a code")
-        _release(message, reply.content, sites, folder)
+        me = _who(message, context)
+        content, facts = _made_anew(message, call_next(message, context).content, me)
+        _log(message, me, facts)
     except Exception as error:  # noqa: BLE001  whatever fails here, the answer must not leave
-        code = error.code if isinstance(error, SparseContrastError) else "internal"
-        told = _error_of(reply) or code
-        reply = Message(RecordDict({"status": ConfigRecord(_failed(told, name))}), reply_to=message)
-        if folder is not None:
-            note(folder, f"held back: {code}\n{traceback.format_exc()}")
-    return reply
+        content = _held_back(error, message, me)
+    return Message(content, reply_to=message)
 
 
-def _release(message: Message, content: RecordDict, sites: Sequence[Site], folder: Path) -> None:
-    """Check an answer and log it.
+def _made_anew(message: Message, content: RecordDict, me: _Me) -> tuple[RecordDict, dict[str, Any]]:
+    """Check an answer; returns what may leave, and what the log says of it.
 
     Raises:
-        EgressError: it may not leave, or the log cannot be trusted.
-        StorageError: the log could not be written.
+        EgressError: nothing may.
     """
-    from sparsecontrast.egress import EgressLog
+    from sparsecontrast.statuses import Known, rebuilt
 
-    status = dict(content.config_records.get("status", {}))
-    config = message.content.config_records.get("config", ConfigRecord())
-    facts: dict[str, Any] = {"status": status.get("status"), "site": status.get("site") or ""}
-    facts |= {key: config[key] for key in ("round", "run_key") if key in config}
-    kind = str(message.metadata.message_type).removeprefix("query.")
-    if set(content) - {"status"}:
-        facts |= _checked_training(message, content, sites)
-    _check_status(status)
-    EgressLog(folder).append(kind, facts | {key: status[key] for key in ("code",) if key in status})
+    orders = _orders(message)
+    known = Known(me.names, orders.get("round"), orders.get("run_key"))
+    told = rebuilt(_kind(message), dict(content.config_records.get("status", {})), known)
+    facts = {"status": told["status"], "site": told.get("site") or me.name}
+    facts |= {key: told[key] for key in ("code",) if key in told}
+    status = RecordDict({"status": ConfigRecord(told)})
+    if told["status"] == "ok" and me.folder is None:  # not even a place to log
+        raise EgressError("this node has no configuration, so nothing may leave but a code")
+    if _kind(message) == "train" and told["status"] == "ok":
+        records, more = _training(message, content, me.sites)
+        return RecordDict({**status, **records}), facts | more
+    if set(content) != {"status"}:
+        raise EgressError("an answer without training holds a status alone")
+    return status, facts
 
 
-def _checked_training(message: Message, content: RecordDict, sites: Sequence[Site]) -> dict[str, Any]:
-    """Check the answer to a round, wait for a person where the site wants one; returns what the log says."""
+def _training(
+    message: Message, content: RecordDict, sites: Sequence[Site]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Check the answer to a round, wait for a person where the site wants one; as ``_made_anew``."""
     from sparsecontrast import payload, release
     from sparsecontrast.approval import wait_for_approval
 
@@ -78,7 +94,16 @@ def _checked_training(message: Message, content: RecordDict, sites: Sequence[Sit
         config = message.content.config_records["config"]
         name = f"{config['run_key']}-{int(str(config['round'])):04d}"
         wait_for_approval(site.state_dir, name, facts, flat, site.egress.wait_seconds)
-    return facts
+    array = Array(str(flat.dtype), flat.shape, "numpy.ndarray", payload.to_npy(flat))
+    manifest = payload.manifest_of(
+        limits.shapes, packed.manifest["dtype"], flat, packed.manifest["kind"], packed.manifest["scales"]
+    )
+    records = {
+        "arrays": ArrayRecord({"flat": array}),
+        "manifest": ConfigRecord(manifest),
+        "metrics": MetricRecord(metrics),
+    }
+    return records, facts
 
 
 def _limits(message: Message, site: Site) -> Any:
@@ -130,34 +155,53 @@ def _private_scalars(message: Message, site: Site, weights: int) -> dict[str, fl
     return {"num-examples": patients, "steps": entry.charge.steps, **scalars}
 
 
-def _check_status(status: dict[str, Any]) -> None:
-    from sparsecontrast.release import check_status
-
-    check_status(status)
-
-
-def _who(message: Message, context: Context) -> tuple[Sequence[Site], Path | None, str]:
-    """Sites, folder and name that answer; no site where the configuration is not in order."""
+def _who(message: Message, context: Context) -> _Me:
     overrides = ""
     try:
         config = message.content.config_records["config"]
         overrides = str(config["overrides"])
         sites = addressed(resolve(context.node_config, overrides), config)
         if len(sites) == 1:
-            return sites, sites[0].state_dir, sites[0].name
-    except Exception:  # noqa: BLE001  the app has answered it with a code
+            return _Me(sites, (sites[0].name,), sites[0].state_dir)
+    except Exception:  # noqa: BLE001  the app answers it with a code
         sites = []
-    return sites, log_folder(context.node_config, overrides), ""
+    name, folder = house(context.node_config, overrides)
+    return _Me(sites, (name,) if name else tuple(site.name for site in sites), folder)
 
 
-def _error_of(reply: Message) -> str:
-    """The code that the app itself answered with, if that is all it did."""
-    from sparsecontrast.release import WORD
+def _log(message: Message, me: _Me, facts: Mapping[str, Any]) -> None:
+    """Write a row.
 
-    status = reply.content.config_records.get("status", {})
-    code = status.get("code", "")
-    return code if status.get("status") == "error" and isinstance(code, str) and WORD.fullmatch(code) else ""
+    Raises:
+        EgressError: the log cannot be trusted.
+        StorageError: the log could not be written.
+    """
+    from sparsecontrast.egress import EgressLog
+
+    if me.folder is not None:
+        EgressLog(me.folder).append(_kind(message), {**_orders(message), **facts})
 
 
-def _failed(code: str, name: str) -> dict[str, Any]:
-    return {"status": "error", "code": code, "site": name}
+def _held_back(error: Exception, message: Message, me: _Me) -> RecordDict:
+    """Make the answer that says no more than a code, and log that too."""
+    told: dict[str, Any] = {"status": "error", "code": code_of(error), "site": me.name}
+    if me.folder is not None:
+        note(me.folder, f"held back: {told['code']}\n{traceback.format_exc()}")
+        try:
+            _log(message, me, told)
+        except SparseContrastError as broken:  # then the coordinator must still hear that this site is out
+            note(me.folder, f"{told['code']} leaves without a row in the log: {broken}")
+    return RecordDict({"status": ConfigRecord(told)})
+
+
+def _kind(message: Message) -> str:
+    """The kind of a message; the server's own word is none to log."""
+    kind = str(message.metadata.message_type).removeprefix("query.")
+    return kind if kind in ("hello", "train") else "other"
+
+
+def _orders(message: Message) -> dict[str, Any]:
+    """Round and run of the orders, where they have any."""
+    config = message.content.config_records.get("config", ConfigRecord())
+    kinds = {"round": int, "run_key": str}
+    return {key: config[key] for key, kind in kinds.items() if isinstance(config.get(key), kind)}

@@ -8,7 +8,9 @@ bundle is touched, it holds to what ``site.yaml`` says:
   runs bundles with these digests alone; ``python -m client.sentinel digest FOLDER`` tells the digest of an
   app's folder that was read and approved.
 - ``limits.seconds`` ends an answer that takes longer, hung or not; ``limits.memory_gib`` bounds the process.
-- No text of an exception leaves, not even of one that Flower itself catches.
+- No model hub is asked for anything: weights come from the server.
+- No text of an exception leaves, not even of one that Flower itself catches, and a row of the egress log
+  tells that its number did.
 
 What is here holds for Flower 1.41; ``tests/test_sentinel.py`` fails if Flower's process is built otherwise.
 """
@@ -27,7 +29,8 @@ from typing import Any, NoReturn
 
 from client.log import note
 from sparsecontrast.config import anchored
-from sparsecontrast.errors import AppRefusedError
+from sparsecontrast.egress import EgressLog
+from sparsecontrast.errors import AppRefusedError, SparseContrastError
 from sparsecontrast.site_file import SiteFile, read_site_file
 
 VARIABLE = "SPARSECONTRAST_SITE"  # names the site's file
@@ -37,6 +40,7 @@ OURS = ("client", "server", "sparsecontrast", "simulation")
 
 def main() -> None:
     """Answer one message under the site's limits; the arguments are those of Flower's program."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client reads it when it is imported, which is later
     site = read_site_file(Path(os.environ[VARIABLE]))
     folder = anchored(site.state_dir)
     limit_memory(site.limits.memory_gib)
@@ -95,6 +99,11 @@ def put_around(runtime: Any, site: SiteFile, folder: Path) -> None:
 
     def silent(code: int, reason: str | None = None) -> Any:
         note(folder, f"flower error {code}: {reason}")
+        try:  # it leaves around the guard
+            row = {"status": "error", "code": f"flower_{code}", "site": site.name}
+            EgressLog(folder).append("flower", row)
+        except SparseContrastError as broken:
+            note(folder, f"flower error {code} leaves without a row in the log: {broken}")
         return error(code, "see client.log at the site")
 
     runtime.Error = silent

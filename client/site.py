@@ -7,9 +7,10 @@ A hospital's node is started with ``site-config="/abs/site.yaml"``, the hospital
     overrides: [data=csv, data.root=/images]   # of data, cells, privacy, backbone
 
 What that file decides, the server cannot: overrides of data, privacy and paths that arrive in a message
-are dropped unread, and ``client.log`` names them. So is a file of pretrained weights: weights come from
-the server, and how its reading ends would tell which files lie here. A simulated node has only a
-partition number and takes the site of that rank from the configured data.
+are dropped unread, and ``client.log`` names the key of each. So is a file of pretrained weights: weights
+come from the server, and how its reading ends would tell which files lie here. What of a message is heard,
+and what makes it refused, stands in ``client/heard.py``. A simulated node has only a partition number and
+takes the site of that rank from the configured data.
 """
 
 import dataclasses
@@ -19,16 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.heard import heard, hold_to, unheard
 from sparsecontrast.config import anchored, shared_state_dir, site_state_dir, split_overrides
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.federated import RunConfig, compose_run, kind_of
-from sparsecontrast.overrides import key_of, without
+from sparsecontrast.overrides import key_of
 from sparsecontrast.settings import SiteConfig
-from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file
+from sparsecontrast.site_file import EgressPolicy, checked_name, parse_site_file, read_site_file
 
-# the server's word on these is not heard,
-OWN = ("data", "cells", "privacy", "site", "audit", "output_dir", "resume", "init")
-RUNS = ("cells.classes",)  # but on these it is: they are the size of the network
 _composed = functools.lru_cache(maxsize=4)(compose_run)
 
 
@@ -41,7 +40,7 @@ class Site:
         config: of the run, with what the site owns put in its place.
         state_dir: durable files of this site.
         simulated: whether the data hold other sites too.
-        unheard: keys of which the server spoke though they are the site's own.
+        unheard: keys of which the server spoke in vain, for the site's own file decides.
         egress: how answers leave.
     """
 
@@ -92,14 +91,23 @@ def addressed(sites: Sequence[Any], config: Mapping[str, Any]) -> Sequence[Any]:
     return meant
 
 
-def log_folder(node_config: Mapping[str, Any], overrides: str) -> Path | None:
-    """Find a folder of the site's own for errors that arise before the site is known."""
+def house(node_config: Mapping[str, Any], overrides: str) -> tuple[str, Path | None]:
+    """Find the site's name and its folder where a run is in no order: of its file alone, if that can be read.
+
+    Returns:
+        The name, "" where no file tells it; the folder, beside a file that cannot be read, None for nowhere.
+    """
     if "site-config" in node_config:
-        return Path(str(node_config["site-config"])).parent
+        path = Path(str(node_config["site-config"]))
+        try:
+            told = read_site_file(path)
+            return told.name, anchored(told.state_dir)
+        except ConfigError:
+            return "", path.parent
     try:
-        return site_state_dir(_composed(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
+        return "", site_state_dir(_composed(overrides), f"node_{node_config.get('partition-id', 'unknown')}")
     except ConfigError:
-        return None
+        return "", None
 
 
 def _own_site(path: Path, overrides: str) -> Site:
@@ -113,22 +121,16 @@ def _own_site(path: Path, overrides: str) -> Site:
 def _told_site(path: Path, text: str, overrides: str) -> Site:
     told = parse_site_file(path, text)
     words = split_overrides(overrides)
-    heard = compose_run([word for word in words if key_of(word) in RUNS or without([word], OWN)])
+    asked = compose_run(heard(words))
     state_dir = anchored(told.state_dir)
     config = dataclasses.replace(
-        kind_of(heard).at_site(heard, told.overrides),
+        kind_of(asked).at_site(asked, told.overrides),
         site=SiteConfig(told.name, str(state_dir)),
         output_dir=str(state_dir),
     )
-    return Site(told.name, config, state_dir, False, _unheard(words, heard), told.egress)
-
-
-def _unheard(words: Sequence[str], heard: RunConfig) -> tuple[str, ...]:
-    """Name what the server said of data and privacy, as overrides or within an experiment."""
-    keys = {key for word in words if (key := key_of(word)).split(".")[0] in ("data", "cells", "privacy")}
-    if heard.privacy.name != "none":
-        keys.add("privacy")
-    return tuple(sorted(keys.difference(RUNS)))
+    hold_to(told.limits, config)
+    pinned = any(key_of(word).split(".")[0] == "backbone" for word in told.overrides)
+    return Site(told.name, config, state_dir, False, unheard(words, asked, pinned), told.egress)
 
 
 def _simulated_sites(partition: int, nodes: int, config: RunConfig) -> list[Site]:

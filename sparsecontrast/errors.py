@@ -24,7 +24,8 @@
     ├── LimitError                      limit           the site's own limits, see client/sentinel.py
     │   ├── OvertimeError               overtime        an answer that took longer than the site allows
     │   ├── OutOfMemoryError            out_of_memory   more memory than there is, or than the site allows
-    │   └── AppRefusedError             app_refused     an app that the site does not run
+    │   ├── AppRefusedError             app_refused     an app that the site does not run
+    │   └── OverrideRefusedError        override_refused  a server's override that does more than set a value
     ├── StorageError                    storage         full disk, read-only folder
     │   └── CheckpointError             checkpoint      torn, foreign or missing round file
     ├── FederationError                 federation
@@ -158,12 +159,16 @@ class HeldError(EgressError):
     code = "held"
 
 
+REASONS = (
+    "names", "shape", "dtype", "size", "nonfinite", "norm", "update_norm", "manifest", "weight", "stale",
+)  # fmt: skip
+
+
 class PayloadError(SparseContrastError):
     """A payload may not leave, or may not be aggregated.
 
     Args:
-        reason: one of ``names``, ``shape``, ``dtype``, ``size``, ``nonfinite``, ``norm``,
-            ``update_norm``, ``manifest``, ``weight``, ``stale``; becomes the end of ``code``.
+        reason: one of ``REASONS``; becomes the end of ``code``.
         message: what was wrong, without values of the arrays.
     """
 
@@ -195,6 +200,12 @@ class AppRefusedError(LimitError):
     """The server's app is none that this site runs."""
 
     code = "app_refused"
+
+
+class OverrideRefusedError(LimitError):
+    """An override in a server's message would look something up at the site."""
+
+    code = "override_refused"
 
 
 class StorageError(SparseContrastError):
@@ -237,3 +248,22 @@ class LabelError(EvaluationError):
     """A label is absent or constant where both classes are needed."""
 
     code = "label"
+
+
+def _codes(root: type[SparseContrastError]) -> set[str]:
+    return {root.code}.union(*(_codes(child) for child in root.__subclasses__()))
+
+
+CODES = frozenset(_codes(SparseContrastError) | {f"payload_{reason}" for reason in REASONS})
+"""All that may travel: what is derived from these errors elsewhere adds none."""
+
+
+def code_of(error: Exception) -> str:
+    """Name what went wrong in a word that may travel, one of ``CODES``."""
+    if isinstance(error, SparseContrastError):
+        return error.code if error.code in CODES else SparseContrastError.code
+    # torch's allocators raise RuntimeErrors of their own
+    full = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error))
+    )
+    return OutOfMemoryError.code if full else SparseContrastError.code

@@ -3,6 +3,8 @@
 The range of one key on its own stands in ``ranges.py`` and holds already.
 """
 
+import re
+
 from sparsecontrast.errors import ConfigError
 from sparsecontrast.levels import STRIDE, stack_grids
 from sparsecontrast.ranges import MAX_STEPS
@@ -25,10 +27,29 @@ def check_relations(config: Config) -> None:
         ConfigError: the first relation that does not hold.
     """
     kind = _vit_relations if config.backbone.tiles is None else _cnn_relations
-    for relations in (kind, _method_relations, _relations, _privacy_relations, _evaluation_relations):
+    for relations in (
+        _name_relations,
+        kind,
+        _method_relations,
+        _relations,
+        _privacy_relations,
+        _evaluation_relations,
+    ):
         for holds, message in relations(config):
             if not holds:
                 raise ConfigError(message)
+
+
+def _name_relations(config: Config) -> Relations:
+    """A name of timm's, and no address: timm would fetch ``hf-hub:NAME`` and read ``local-dir:FOLDER``."""
+    name = config.backbone.name
+    return [
+        (
+            re.fullmatch(r"[A-Za-z0-9_.]+", name) is not None,
+            f"backbone.name={name!r}: must be a timm name of letters, digits, _ and ., such as "
+            "vit_tiny_patch16_224; for weights of your own set backbone.pretrained=FILE",
+        )
+    ]
 
 
 def _vit_relations(config: Config) -> Relations:

@@ -1,11 +1,10 @@
 """What a site's answer may hold: the last look at tensors, scalars and privacy before they leave.
 
 Nothing here trusts the code that made the answer. It sees the answer as it would go, the weights that
-training started from, and what the site itself decided.
+training started from, and what the site itself decided. The words of an answer are in ``statuses.py``.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,6 @@ from sparsecontrast.errors import EgressError, PayloadError
 COUNTS = ("num-examples", "steps", "state-round")
 PLAIN = (*COUNTS, "images", "seconds", "setup-seconds", "loss", "keep", "contrast", "chance_loss", "surprise",
          "distillation", "entropy", "sparsity", "low_resolution", "high_resolution")  # fmt: skip
-STATUS = {"status", "site", "round", "run_key", "code", "version", "sites", "fingerprint", "idle"}
-WORD = re.compile(r"[^\x00-\x1f/\\]{0,128}")
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,6 @@ class Limits:
     target_epsilon: float | None = None
     round: int = 0
     scalars: Mapping[str, float] | None = None
-
-
-def check_status(status: Mapping[str, Any]) -> None:
-    """Refuse a status record that says more than who answers, to what, and a code.
-
-    Raises:
-        EgressError: an unknown key, or a text that is a path, is long, or has control characters.
-    """
-    unknown = sorted(set(status) - STATUS)
-    if unknown:
-        raise EgressError(
-            f"status holds {len(unknown)} key(s) that may not leave (first: {unknown[0][:20]!r})"
-        )
-    for key, value in status.items():
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(t, bool | int) or (isinstance(t, str) and WORD.fullmatch(t)) for t in texts):
-            raise EgressError(f"status.{key}: not a plain word")
 
 
 def check_metrics(metrics: Mapping[str, Any], limits: Limits) -> None:

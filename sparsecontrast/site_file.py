@@ -38,15 +38,21 @@ class EgressPolicy:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one answer may take, under ``limits``.
+    """What one answer may take, under ``limits``; a run that asks for more is refused.
 
     Attributes:
         seconds: wall clock, the wait for a person's approval included.
         memory_gib: of the process; None for no limit.
+        threads: that a run may ask for; None for no limit, here and below.
+        max_image_size: pixels of a side, of images as they are kept and as the backbone sees them.
+        max_batch_size: images of one step.
     """
 
     seconds: float = 86400.0
     memory_gib: float | None = None
+    threads: int | None = 32
+    max_image_size: int | None = 1024
+    max_batch_size: int | None = 1024
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class SiteFile:
         state_dir: as written; ``config.anchored`` makes it absolute.
         overrides: of ``PINNED`` alone.
         egress: how answers leave.
-        limits: of time and memory.
+        limits: of time, memory, threads and sizes.
         app: ``installed``, or the SHA-256 of each bundle that may run.
     """
 
@@ -104,6 +110,9 @@ def parse_site_file(path: Path, text: str) -> SiteFile:
     check_range(f"{path}: limits.seconds", limits.seconds, (0, INF, "()"))
     if limits.memory_gib is not None:
         check_range(f"{path}: limits.memory_gib", limits.memory_gib, (0, INF, "()"))
+    for key in ("threads", "max_image_size", "max_batch_size"):
+        if (most := getattr(limits, key)) is not None:
+            check_range(f"{path}: limits.{key}", most, (1, INF, "[)"))
     name, state_dir = checked_name(str(told["name"])), str(told["state_dir"])
     return SiteFile(name, state_dir, words, policy, limits, _app(path, told.get("app", "installed")))
 

@@ -96,8 +96,9 @@ def test_what_may_not_leave_is_held_back_and_the_server_hears_a_code(tmp_path, l
         assert grid
     log = (tmp_path / "x" / "state" / "client.log").read_text()
     assert "held back: egress" in log
-    kinds = [r.kind for r in EgressLog(tmp_path / "x" / "state").rows()]
-    assert kinds == ["hello"]  # the log tells of what left, and this did not
+    greeting, answer = EgressLog(tmp_path / "x" / "state").rows()  # the log tells of what left: a code
+    assert (greeting.kind, answer.kind, answer.content["code"]) == ("hello", "train", "egress")
+    assert "sha256" not in answer.content
 
 
 SCALARS = ("num-examples", "steps", "delta", "noise_multiplier", "noise_to_signal", "keep")
@@ -210,7 +211,8 @@ def test_a_person_decides(tmp_path, approve):
     finally:
         thread.join(30)
     assert seen["bytes"] == seen["array"].nbytes and seen["metrics"]["num-examples"] == 6
-    assert [r.kind for r in EgressLog(state).rows()] == ["hello"] + ["train"] * approve
+    told_of = [(r.kind, r.content["status"], "sha256" in r.content) for r in EgressLog(state).rows()]
+    assert told_of == [("hello", "ok", False), ("train", "ok" if approve else "error", approve)]
     assert not list((state / "pending").iterdir())
 
 

@@ -57,6 +57,13 @@ def keys(out):
     ]
 
 
+def test_a_hospitals_kit_asks_no_model_hub_and_the_server_may(made):
+    told = [
+        (folder / "environment.sh").read_text() for folder in (made / "server", made / "sites" / SITES[0])
+    ]
+    assert ["\nexport HF_HUB_OFFLINE=1" in text for text in told] == [False, True]
+
+
 def test_each_gets_what_is_meant_for_it_and_no_other_secret(made):
     for name in SITES:
         kit = made / "sites" / name

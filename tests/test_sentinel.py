@@ -11,7 +11,8 @@ import pytest
 from flwr.supernode.runtime import run_clientapp
 
 from client import app, sentinel
-from sparsecontrast.errors import AppRefusedError, ConfigError, OvertimeError, SparseContrastError
+from sparsecontrast.egress import EgressLog
+from sparsecontrast.errors import AppRefusedError, ConfigError, OvertimeError, SparseContrastError, code_of
 from sparsecontrast.site_file import parse_site_file
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,11 @@ def test_what_flower_says_of_an_exception_stays_at_the_site(tmp_path):
     error = around.Error(code=2, reason="<class 'OSError'>:<'/pacs/DOE^JANE.dcm'>")
     assert error.code == 2 and "DOE" not in str(error.reason)
     assert "/pacs/DOE^JANE.dcm" in (tmp_path / "client.log").read_text()
+    (row,) = EgressLog(tmp_path).rows()  # no guard sees this answer
+    assert (row.kind, row.content["code"], row.content["site"]) == ("flower", "flower_2", "x")
+    EgressLog(tmp_path).path.unlink()
+    assert around.Error(code=2, reason="x").code == 2
+    assert "without a row" in (tmp_path / "client.log").read_text()
 
 
 def test_a_bundle_that_the_site_does_not_name_is_refused_before_it_is_unpacked(tmp_path):
@@ -125,23 +131,23 @@ def test_a_process_that_hears_nothing_is_ended_and_the_log_says_so(tmp_path):
 
 def test_memory_beyond_the_limit_becomes_a_code_and_the_process_lives():
     code = """if True:
-        from client.app import _code
         from client.sentinel import limit_memory
+        from sparsecontrast.errors import code_of
         import torch
         limit_memory(4.0)
         for want in (lambda: bytearray(5 * 2**30), lambda: torch.ones(5 * 2**28)):
             try:
                 want()
             except Exception as error:
-                print(_code(error))
+                print(code_of(error))
         print(len(bytearray(2**20)))
     """
     assert python(code).stdout.split() == ["out_of_memory", "out_of_memory", str(2**20)]
 
 
 def test_other_errors_of_torch_are_not_taken_for_it():
-    assert app._code(RuntimeError("shapes cannot be multiplied")) == "internal"
-    assert app._code(SparseContrastError("x")) == "internal" and app._code(MemoryError()) == "out_of_memory"
+    assert code_of(RuntimeError("shapes cannot be multiplied")) == "internal"
+    assert code_of(SparseContrastError("x")) == "internal" and code_of(MemoryError()) == "out_of_memory"
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ PHASES = {
     "in local training": _at(CLIENT, "sparsecontrast.privacy:PatientSGD.step", "enter", 2),
     "trained, not answered": _at(CLIENT, "client.rounds:KeptRounds.save", "leave"),
     "what leaves is half logged": _at(
-        CLIENT, "sparsecontrast.egress:_write", "half", after="client.guard:_checked_training"
+        CLIENT, "sparsecontrast.egress:_write", "half", after="client.guard:_training"
     ),
     "aggregated, nothing written": _at(SERVER, "server.strategy:Aggregator.aggregate", "leave"),
     "checkpoint half written": _at(SERVER, "sparsecontrast.checkpoint:write_tensors", "leave"),

@@ -56,7 +56,7 @@ class PlannedSite:
         state_dir: absolute, on the hospital's machine.
         overrides: of data, cells, privacy and backbone, as in ``site.yaml``.
         egress: how answers leave.
-        limits: of time and memory of one answer.
+        limits: of one answer: time, memory, threads, sizes of images and batches.
         app: ``installed``, or the SHA-256 of each bundle that may run.
         bind: ``127.x.y.z:port`` on which the SuperNode talks to its own client processes.
         health: ``127.x.y.z:port`` of its gRPC health service.
