@@ -4,12 +4,13 @@ import contextlib
 import time
 from pathlib import Path
 
+LOG = "client.log"
 LOG_BYTES = 1_000_000  # of client.log before it is moved to client.log.1
 
 
 def note(folder: Path, text: str) -> None:
     """Append to the site's own log; whatever is wrong with log or text, no round ends for it."""
-    path = folder / "client.log"
+    path = folder / LOG
     with contextlib.suppress(Exception):
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size > LOG_BYTES:

@@ -41,11 +41,12 @@ class Limits:
     """What one answer may take, under ``limits``.
 
     Attributes:
-        seconds: wall clock, the wait for a person's approval included.
+        seconds: wall clock, the wait for a person's approval included. Of itself six hours: the first answer
+            decodes every image of the site. A run waits ``federation.round_timeout``, an hour of itself.
         memory_gib: of the process; None for no limit.
     """
 
-    seconds: float = 86400.0
+    seconds: float = 21600.0
     memory_gib: float | None = None
 
 

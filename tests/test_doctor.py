@@ -21,6 +21,7 @@ from sparsecontrast.egress import EgressLog
 from sparsecontrast.provision.authority import new_authority
 from sparsecontrast.provision.kits import provision
 from sparsecontrast.provision.plan import read_plan
+from sparsecontrast.site_file import Limits
 from tests.fronts import answering, write_pem
 
 GIB = 2**30
@@ -38,6 +39,7 @@ def federation(tmp_path_factory):
                 "name": "north", "state_dir": str(folder / "state"),
                 "overrides": ["data=phantom", "data.phantom.sites=1", "data.phantom.patients_per_site=12",
                               "data.min_images=2"],
+                "limits": {"memory_gib": 8},
             }
         ],
     }  # fmt: skip
@@ -89,7 +91,7 @@ def test_a_site_in_order_has_no_fault_and_tells_of_no_patient(federation, kit, t
     assert [line.split()[0] for line in told.splitlines()] == ["ok"] * len(told.splitlines()), told
     names = [line.split()[1] for line in told.splitlines()]
     first = ["python", "packages", "memory", "gpu", "key", "tls", "server", "tls", "clock"]
-    assert names == [*first, "site", "disk", "data", "quarantine", "pixels", "ledger", "egress"]
+    assert names == [*first, "site", "limits", "disk", "data", "quarantine", "pixels", "ledger", "egress"]
     assert "phantom:" not in told and not re.search(r"[0-9a-f]{16}", told)
     sheet = tmp_path / "state" / images.SHEET
     assert stat.S_IMODE(sheet.stat().st_mode) == 0o600
@@ -189,6 +191,17 @@ def test_a_disk_without_room_is_told(tmp_path, monkeypatch, free, level):
     give(monkeypatch, free * GIB)
     (found,) = machine.disk(tmp_path / "not" / "there" / "yet")
     assert found.level == level and f"{free}.0 GiB" in found.what
+
+
+def test_a_site_without_a_limit_of_memory_is_told_one_that_suits_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    (bare,) = machine.limits(Limits())
+    (tmp_path / "meminfo").write_text("MemTotal:   16777216 kB\n")
+    (found,) = machine.limits(Limits())
+    (own,) = machine.limits(Limits(7200, 8))
+    assert (bare.level, found.level, own.level) == ("warn", "warn", "ok")
+    assert "at most 6 h" in found.what and "memory_gib in site.yaml, such as 12.0, 75%" in found.remedy
+    assert "such as 75%" in bare.remedy and "2 h and 8 GiB" in own.what
 
 
 @pytest.mark.parametrize(("kib", "level"), [(16_000_000, "ok"), (3_000_000, "warn"), (900_000, "FAIL")])
