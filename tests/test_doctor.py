@@ -19,6 +19,7 @@ from sparsecontrast.doctor.examine import examine
 from sparsecontrast.doctor.finding import Finding, guarded
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.provision.authority import new_authority
+from sparsecontrast.provision.health import _date, ask_date
 from sparsecontrast.provision.kits import provision
 from sparsecontrast.provision.plan import read_plan
 from sparsecontrast.site_file import Limits
@@ -130,6 +131,43 @@ def test_each_fault_of_the_server_is_told_apart(federation, kit, tmp_path, fault
     wrong = [f for f in found if f.level != "ok"]
     assert [(f.level, f.name) for f in wrong] == [("FAIL", name)]
     assert re.search(says, str(wrong[0])), wrong[0]
+
+
+DAY = 86400
+
+
+@pytest.mark.parametrize(("days", "what"), [(-60, "has expired"), (60, "not yet valid")])
+def test_a_site_whose_clock_is_wrong_is_not_told_to_change_the_certificate(
+    federation, kit, tmp_path, days, what
+):
+    """The server's certificate and clock are ``days`` away, as they look to a site whose clock is."""
+    server_now = datetime.now(UTC) + timedelta(days=days)
+    write_pem(tmp_path / "server.pem", federation.authority(), now=server_now)
+    with answering(tmp_path / "server.pem", seconds=days * DAY) as address:
+        at(kit, address)
+        found = list(server.server(kit))
+    tls, clock = [f for f in found if f.level == "FAIL"]
+    assert (tls.name, clock.name) == ("tls", "clock") and what in tls.what
+    assert re.search(r"^this clock is wrong, it says \d{4}-.* UTC: set it by NTP", tls.remedy)
+    assert f"{'ahead of' if days < 0 else 'behind'} the server" in clock.what and "NTP" in clock.remedy
+
+
+def test_where_the_servers_clock_cannot_be_had_both_are_named(federation, kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "ask_date", lambda address: None)
+    write_pem(
+        tmp_path / "old.pem", federation.authority(), days=10, now=datetime.now(UTC) - timedelta(days=11)
+    )
+    with answering(tmp_path / "old.pem") as address:
+        at(kit, address)
+        tls, clock = [f for f in server.server(kit) if f.level != "ok"]
+    assert "clock may be wrong" in tls.remedy and "rotate server" in tls.remedy
+    assert (clock.name, clock.level) == ("clock", "warn")
+
+
+def test_a_date_that_is_none_is_no_crash():
+    assert _date("not a date") is None and _date(None) is None
+    assert _date("Mon, 02 Jan 2023 00:00:00 -0000") == _date("Mon, 02 Jan 2023 00:00:00 GMT")
+    assert ask_date("127.0.0.1:1") is None
 
 
 def test_a_certificate_that_ends_soon_is_a_warning(federation, kit, tmp_path):
