@@ -12,6 +12,7 @@ from PIL import Image
 from client.log import note
 from simulation import partition
 from sparsecontrast.classify.cells import load_cells, split_cells, training_rows
+from sparsecontrast.classify.federation import CellsRun
 from sparsecontrast.classify.pictures import _choose
 from sparsecontrast.cli import main
 from sparsecontrast.config import compose
@@ -29,6 +30,7 @@ from sparsecontrast.item_scores import item_names
 from sparsecontrast.runs import read_table as read_run_table
 from tests.cell_files import draw_cell
 from tests.dicom_files import write_dicom
+from tests.federations import partitions, rows, serve, words, write_images
 from tests.labs import MODEL
 
 SOUND = (
@@ -109,6 +111,20 @@ def test_the_doctor_finds_nothing_to_report(export, tmp_path):
     assert "2 of 20 files left out" in found["quarantine"].what
 
 
+@pytest.mark.usefixtures("impatient")
+def test_hospitals_with_such_files_train(tmp_path):
+    csv = write_images(tmp_path / "films", {"a": 4, "b": 4}, broken=("b",))
+    frame = read_index(csv)
+    odd = [os.fsdecode(os.fsencode(path) + b"-M\xfcller,\n\r") for path in frame["path"]]
+    for plain, path in zip(frame["path"], odd, strict=True):
+        os.rename(plain, path)
+    write_index(frame.assign(path=odd), csv)
+    told = words(csv, tmp_path / "out", "federation.sites=2", "federation.min_sites=1", "federation.rounds=1")
+    serve(partitions(2), told)
+    last = rows(tmp_path / "out")[-1]
+    assert (last["contributors"], last["refused"]) == (["a"], {"b": "site_empty"})
+
+
 def test_the_table_holds_the_names_own_bytes_and_no_other_column_may(tmp_path):
     path = tmp_path / "t.csv"
     write_table(pd.DataFrame({"path": [os.fsdecode(b"/M\xfcller")], "reason": ["bad"]}), path)
@@ -173,6 +189,7 @@ def test_a_labs_pictures_and_folders_too(tmp_path):
     assert cells.classes == ("disc", r"r\udcefng") and len(cells) == 10
     assert len(_choose(cells, split_cells(cells, config, 0).train, 3, 0)) == 3
     run = compose_run([*MODEL, *words, f"cells.classes={list(cells.classes)}".replace("\\\\", "\\")])
+    assert isinstance(run, CellsRun)
     place = Place("cells", False, tmp_path, tmp_path, "")
     assert len(training_set(run, place)) == len(training_rows(cells, run.cells, run.seed))
     assert sorted(names(read_table(tmp_path / "quarantine.csv")["path"])) == [b"M\xfcller\n0.png"] * 2
