@@ -7,7 +7,8 @@ bundle is touched, it holds to what ``site.yaml`` says:
 - ``app: installed`` runs the installed ClientApp; the bundle is not even unpacked. ``app: [SHA256, ...]``
   runs bundles with these digests alone; ``python -m client.sentinel digest FOLDER`` tells the digest of an
   app's folder that was read and approved.
-- ``limits.seconds`` ends an answer that takes longer, hung or not; ``limits.memory_gib`` bounds the process.
+- ``limits.seconds`` ends an answer that takes longer, hung or not, and be it in code that never gives way to
+  Python's other threads; ``limits.memory_gib`` bounds the process.
 - No model hub is asked for anything: weights come from the server.
 - No text of an exception leaves, not even of one that Flower itself catches, and a row of the egress log
   tells that its number did.
@@ -15,6 +16,8 @@ bundle is touched, it holds to what ``site.yaml`` says:
 What is here holds for Flower 1.41; ``tests/test_sentinel.py`` fails if Flower's process is built otherwise.
 """
 
+import contextlib
+import faulthandler
 import functools
 import hashlib
 import importlib
@@ -27,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from client.log import note
+from client.log import LOG, note
 from sparsecontrast.config import anchored
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.errors import AppRefusedError, SparseContrastError
@@ -60,10 +63,16 @@ def limit_memory(gib: float | None) -> None:
 def watch(seconds: float, folder: Path, grace: float = GRACE_SECONDS) -> None:
     """Raise ``OvertimeError`` in the main thread after ``seconds``; end the process where that is not heard.
 
+    The exception and the thread that ends the process are Python, so both wait for a thread that holds the
+    interpreter, such as one that hangs in C. What ends the process then is a thread of C (``faulthandler``),
+    which waits for nobody: it writes ``Timeout (H:MM:SS)!`` and where each thread stood into the site's log,
+    names of files and functions and no values. A normal end of the process ends all three. To be called after
+    a fork: no thread survives one.
+
     Args:
         seconds: from now.
         folder: of the site's log.
-        grace: seconds from the exception to the end.
+        grace: seconds from the exception to the end, and once more to that in C.
     """
 
     def overtime(*_: Any) -> NoReturn:
@@ -80,6 +89,15 @@ def watch(seconds: float, folder: Path, grace: float = GRACE_SECONDS) -> None:
     last = threading.Timer(seconds + grace, end)
     last.daemon = True
     last.start()
+    faulthandler.dump_traceback_later(seconds + 2 * grace, exit=True, file=_dump_file(folder))
+
+
+def _dump_file(folder: Path) -> Any:
+    """Open the site's log for what is written without Python; else stderr, which is the site's too."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / LOG, "a", encoding="utf-8")  # noqa: SIM115  faulthandler keeps it
+    return 2
 
 
 def put_around(runtime: Any, site: SiteFile, folder: Path) -> None:

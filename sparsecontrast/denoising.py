@@ -84,7 +84,8 @@ def denoise_file(
         write_us_dicom(out / "denoised.dcm", picture, x, z, like)
     write_bytes(out / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
     write_bytes(
-        out / "report.html", _page(Path(path).name, found, field, metrics, acquisition, config).encode()
+        out / "report.html",
+        _page(Path(path).name, found, field, metrics, acquisition, config).encode(errors="backslashreplace"),
     )
     return metrics
 

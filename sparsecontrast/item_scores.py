@@ -72,10 +72,13 @@ def item_names(frame: "pd.DataFrame", data: DataConfig) -> tuple[np.ndarray, np.
     paths = frame["path"].astype(str)
     first = paths.groupby(frame["patient_id"].to_numpy()).transform("min")
     images, patients = (
-        np.array([hashlib.sha256(p.removeprefix(root).encode()).hexdigest()[:16] for p in of.tolist()])
-        for of in (paths, first)
+        np.array([_digest(p.removeprefix(root)) for p in of.tolist()]) for of in (paths, first)
     )
     return images, patients
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def write_scores(folder: Path, found: Found) -> None:

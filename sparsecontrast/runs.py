@@ -111,10 +111,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def read_table(folder: Path, name: str) -> "pd.DataFrame | None":
     """Read a CSV of the run folder; None when it is not there."""
-    import pandas as pd
+    from sparsecontrast.data import csv_files
 
     path = folder / name
-    return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else None
+    return csv_files.read_table(path) if path.is_file() else None
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

@@ -41,14 +41,15 @@ class Limits:
     """What one answer may take, under ``limits``; a run that asks for more is refused.
 
     Attributes:
-        seconds: wall clock, the wait for a person's approval included.
+        seconds: wall clock, the wait for a person's approval included. Of itself six hours: the first answer
+            decodes every image of the site. A run waits ``federation.round_timeout``, an hour of itself.
         memory_gib: of the process; None for no limit.
         threads: that a run may ask for; None for no limit, here and below.
         max_image_size: pixels of a side, of images as they are kept and as the backbone sees them.
         max_batch_size: images of one step.
     """
 
-    seconds: float = 86400.0
+    seconds: float = 21600.0
     memory_gib: float | None = None
     threads: int | None = 32
     max_image_size: int | None = 1024

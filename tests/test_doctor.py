@@ -19,8 +19,10 @@ from sparsecontrast.doctor.examine import examine
 from sparsecontrast.doctor.finding import Finding, guarded
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.provision.authority import new_authority
+from sparsecontrast.provision.health import _date, ask_date
 from sparsecontrast.provision.kits import provision
 from sparsecontrast.provision.plan import read_plan
+from sparsecontrast.site_file import Limits
 from tests.fronts import answering, write_pem
 
 GIB = 2**30
@@ -38,6 +40,7 @@ def federation(tmp_path_factory):
                 "name": "north", "state_dir": str(folder / "state"),
                 "overrides": ["data=phantom", "data.phantom.sites=1", "data.phantom.patients_per_site=12",
                               "data.min_images=2"],
+                "limits": {"memory_gib": 8},
             }
         ],
     }  # fmt: skip
@@ -89,7 +92,7 @@ def test_a_site_in_order_has_no_fault_and_tells_of_no_patient(federation, kit, t
     assert [line.split()[0] for line in told.splitlines()] == ["ok"] * len(told.splitlines()), told
     names = [line.split()[1] for line in told.splitlines()]
     first = ["python", "packages", "memory", "gpu", "key", "tls", "server", "tls", "clock"]
-    assert names == [*first, "site", "disk", "data", "quarantine", "pixels", "ledger", "egress"]
+    assert names == [*first, "site", "limits", "disk", "data", "quarantine", "pixels", "ledger", "egress"]
     assert "phantom:" not in told and not re.search(r"[0-9a-f]{16}", told)
     sheet = tmp_path / "state" / images.SHEET
     assert stat.S_IMODE(sheet.stat().st_mode) == 0o600
@@ -128,6 +131,43 @@ def test_each_fault_of_the_server_is_told_apart(federation, kit, tmp_path, fault
     wrong = [f for f in found if f.level != "ok"]
     assert [(f.level, f.name) for f in wrong] == [("FAIL", name)]
     assert re.search(says, str(wrong[0])), wrong[0]
+
+
+DAY = 86400
+
+
+@pytest.mark.parametrize(("days", "what"), [(-60, "has expired"), (60, "not yet valid")])
+def test_a_site_whose_clock_is_wrong_is_not_told_to_change_the_certificate(
+    federation, kit, tmp_path, days, what
+):
+    """The server's certificate and clock are ``days`` away, as they look to a site whose clock is."""
+    server_now = datetime.now(UTC) + timedelta(days=days)
+    write_pem(tmp_path / "server.pem", federation.authority(), now=server_now)
+    with answering(tmp_path / "server.pem", seconds=days * DAY) as address:
+        at(kit, address)
+        found = list(server.server(kit))
+    tls, clock = [f for f in found if f.level == "FAIL"]
+    assert (tls.name, clock.name) == ("tls", "clock") and what in tls.what
+    assert re.search(r"^this clock is wrong, it says \d{4}-.* UTC: set it by NTP", tls.remedy)
+    assert f"{'ahead of' if days < 0 else 'behind'} the server" in clock.what and "NTP" in clock.remedy
+
+
+def test_where_the_servers_clock_cannot_be_had_both_are_named(federation, kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "ask_date", lambda address: None)
+    write_pem(
+        tmp_path / "old.pem", federation.authority(), days=10, now=datetime.now(UTC) - timedelta(days=11)
+    )
+    with answering(tmp_path / "old.pem") as address:
+        at(kit, address)
+        tls, clock = [f for f in server.server(kit) if f.level != "ok"]
+    assert "clock may be wrong" in tls.remedy and "rotate server" in tls.remedy
+    assert (clock.name, clock.level) == ("clock", "warn")
+
+
+def test_a_date_that_is_none_is_no_crash():
+    assert _date("not a date") is None and _date(None) is None
+    assert _date("Mon, 02 Jan 2023 00:00:00 -0000") == _date("Mon, 02 Jan 2023 00:00:00 GMT")
+    assert ask_date("127.0.0.1:1") is None
 
 
 def test_a_certificate_that_ends_soon_is_a_warning(federation, kit, tmp_path):
@@ -189,6 +229,17 @@ def test_a_disk_without_room_is_told(tmp_path, monkeypatch, free, level):
     give(monkeypatch, free * GIB)
     (found,) = machine.disk(tmp_path / "not" / "there" / "yet")
     assert found.level == level and f"{free}.0 GiB" in found.what
+
+
+def test_a_site_without_a_limit_of_memory_is_told_one_that_suits_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
+    (bare,) = machine.limits(Limits())
+    (tmp_path / "meminfo").write_text("MemTotal:   16777216 kB\n")
+    (found,) = machine.limits(Limits())
+    (own,) = machine.limits(Limits(7200, 8))
+    assert (bare.level, found.level, own.level) == ("warn", "warn", "ok")
+    assert "at most 6 h" in found.what and "memory_gib in site.yaml, such as 12.0, 75%" in found.remedy
+    assert "such as 75%" in bare.remedy and "2 h and 8 GiB" in own.what
 
 
 @pytest.mark.parametrize(("kib", "level"), [(16_000_000, "ok"), (3_000_000, "warn"), (900_000, "FAIL")])

@@ -129,6 +129,44 @@ def test_a_process_that_hears_nothing_is_ended_and_the_log_says_so(tmp_path):
     assert "hung" in (tmp_path / "client.log").read_text()
 
 
+HOLDS_THE_INTERPRETER = """if True:
+    import os, sys
+    from pathlib import Path
+    from client import sentinel
+    if sys.argv[2] == "forked":
+        pid = os.fork()
+        if pid:
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    sentinel.watch(0.3, Path(sys.argv[1]), grace=0.3)
+    sum(range(10**12))  # hours in one call of C, which hears no signal and lets no thread run
+"""
+
+
+@pytest.mark.parametrize("way", ["cold", "forked"])
+def test_a_process_that_holds_the_interpreter_is_ended_and_the_log_says_where(tmp_path, way):
+    result = python(HOLDS_THE_INTERPRETER, tmp_path / "state", way)
+    assert result.returncode == 1 and not result.stdout and not result.stderr
+    told = (tmp_path / "state" / "client.log").read_text()
+    assert "Timeout (0:00:00" in told and 'File "<string>", line 10 in <module>' in told
+
+
+def test_where_there_is_no_log_it_is_ended_all_the_same(tmp_path):
+    (tmp_path / "state").write_text("a file")
+    result = python(HOLDS_THE_INTERPRETER, tmp_path / "state", "cold")
+    assert result.returncode == 1 and "Timeout" in result.stderr
+
+
+def test_a_process_that_ends_in_time_leaves_no_word(tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from client import sentinel
+        sentinel.watch(30, Path(sys.argv[1]), grace=0.3)
+    """
+    result = python(code, tmp_path)
+    assert (result.returncode, result.stderr) == (0, "") and not (tmp_path / "client.log").read_text()
+
+
 def test_memory_beyond_the_limit_becomes_a_code_and_the_process_lives():
     code = """if True:
         from client.sentinel import limit_memory

@@ -9,6 +9,7 @@ it must end well, and every file be either in the quarantine with a reason or a 
 import contextlib
 import itertools
 import json
+import os
 import random
 import struct
 import subprocess
@@ -27,6 +28,11 @@ SOURCES = (
 )  # fmt: skip
 SHALLOW = SOURCES[:4]  # small: random bytes are put into these
 FILES = 100
+# of files, in bytes: Latin-1, no encoding at all, and what a table or a command line would take amiss
+NAMES = (
+    b"M\xfcller.dcm", b"\xff\xfe\x80", b"new\nline", b"carriage\rreturn", b"quo\"t'e,", b"-rf", b" blank ",
+    b"nan",
+)  # fmt: skip
 BYTES = 40  # changed at once in a fuzzed file
 PIXELS = b"\xe0\x7f\x10\x00"  # tag (7FE0,0010), little endian
 Break = Callable[[bytes], bytes]
@@ -112,6 +118,7 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
     yield [
         Case("inputs", f"{count} DICOM files that are broken", lambda work: broken(work, count)),
         Case("inputs", f"{count} DICOM files with random bytes", lambda work: fuzzed(work, count)),
+        Case("inputs", f"{2 * len(NAMES)} files with odd names", named),
         *pickles.cases(),
     ]
 
@@ -137,6 +144,21 @@ def fuzzed(folder: Path, count: int) -> Found:
     return {"found": f"{len(quarantined)} quarantined with a reason, {len(decoded)} decoded, finite, in size"}
 
 
+def named(folder: Path) -> Found:
+    """Names alone break nothing: sound files are decoded, and no image is quarantined, each by its name."""
+    films = folder / "films"
+    films.mkdir()
+    for name in NAMES:
+        (films / os.fsdecode(name)).write_bytes((DICOM / SOURCES[0]).read_bytes())
+        (films / os.fsdecode(b"no image" + name)).write_bytes(b"<html>502</html>")
+    for time in ("first", "second, from the index that was kept"):
+        found = loaded(folder)
+        expect(sorted(found["decoded"]) == sorted(map(os.fsdecode, NAMES)), f"{time}: {found}")
+        expect(len(found["quarantined"]) == len(NAMES), f"{time}: {found['quarantined']}")
+        expect(all(found["quarantined"].values()), f"{time}: a file is in quarantine without a reason")
+    return {"found": f"{len(NAMES)} decoded, {len(NAMES)} quarantined, twice: the kept index opens them too"}
+
+
 def fuzz(data: bytes, draw: random.Random) -> bytes:
     """Put random bytes into the header, or anywhere."""
     end = min(_find(data, PIXELS) + 12, len(data)) if draw.random() < 0.7 else len(data)
@@ -157,12 +179,7 @@ def read(folder: Path, made: dict[str, bytes]) -> tuple[list[str], list[str]]:
     for name, what in told.items():
         (folder / "films" / name).write_bytes(made[what])
     (folder / "films" / "sound").write_bytes((DICOM / SOURCES[0]).read_bytes())
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fault_cases.reading", str(folder)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    expect(done.returncode == 0, f"reading ended with {done.returncode}: {done.stderr[-250:]}")
-    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    found = loaded(folder)
     quarantined, decoded = found["quarantined"], found["decoded"]
     expect("sound" in decoded, "the sound file is lost")
     lost = sorted(set(told) - set(quarantined) - set(decoded))
@@ -170,6 +187,16 @@ def read(folder: Path, made: dict[str, bytes]) -> tuple[list[str], list[str]]:
     expect(all(quarantined.values()), "a file is in quarantine without a reason")
     expect(not found["odd"], f"decoded to what the header does not say: {[told[n] for n in found['odd']]}")
     return [told[name] for name in quarantined], [told[name] for name in decoded if name in told]
+
+
+def loaded(folder: Path) -> dict[str, Any]:
+    """Load ``folder/films`` in a process of its own; what it found."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fault_cases.reading", str(folder)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    expect(done.returncode == 0, f"reading ended with {done.returncode}: {done.stderr[-250:]}")
+    return json.loads((folder / "found.json").read_text())
 
 
 def _find(data: bytes, what: bytes) -> int:

@@ -147,7 +147,7 @@ def _parts(cells: Cells, config: CellsConfig, seed: int) -> np.ndarray:
     _refuse_unknown((*trained, *tested), known)
     place: dict[str, str] = {}
     for (lab, _), groups in _strata(cells).items():
-        order = sorted(groups, key=lambda g: hashlib.sha256(f"{seed}:{g}".encode()).digest())
+        order = sorted(groups, key=lambda g: _rank(f"{seed}:{g}"))
         n_test = round(config.test_fraction * len(order)) if lab in trained else len(order)
         n_test = n_test if lab in tested else 0
         rest = order[n_test:] if lab in trained else []
@@ -155,6 +155,10 @@ def _parts(cells: Cells, config: CellsConfig, seed: int) -> np.ndarray:
         place |= dict.fromkeys(order[:n_test], "test" if lab in tested else "")
         place |= dict.fromkeys(rest[:n_val], "val") | dict.fromkeys(rest[n_val:], "train")
     return np.array([place.get(group, "") for group in cells.groups])
+
+
+def _rank(text: str) -> bytes:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 def _refuse_unknown(labs: Sequence[str], known: Sequence[str]) -> None:

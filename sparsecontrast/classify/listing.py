@@ -18,7 +18,7 @@ def find_pictures(config: CellsConfig) -> tuple[Path, pd.DataFrame]:
 
     Raises:
         MissingDataError: no root, or no such folder or table.
-        IndexSchemaError: a column that is not there.
+        IndexSchemaError: a column that is not there, or no table.
     """
     if config.root is None:
         raise MissingDataError("cells.root: not set; give the folder of the pictures, cells.root=FOLDER")
@@ -32,7 +32,10 @@ def _from_index(config: CellsConfig, root: Path) -> pd.DataFrame:
     path = root / str(config.index)
     if not path.is_file():
         raise MissingDataError(f"{path}: no such table; see cells.index, or cells.layout=folders")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise IndexSchemaError(f"{path}: not a table in UTF-8: {error}") from error
     columns = {"path": config.path, "label": config.label, "lab": config.lab, "group": config.group}
     absent = [f"cells.{key}={name}" for key, name in columns.items() if name not in table]
     if absent:
@@ -51,9 +54,14 @@ def _from_folders(config: CellsConfig, root: Path) -> pd.DataFrame:
     names = [str(p.relative_to(root)) for p in files]
     groups = _groups([p.stem for p in files], config.group_pattern)
     return pd.DataFrame({
-        "path": names, "label": [p.parent.name for p in files],
+        "path": names, "label": [_told(p.parent.name) for p in files],
         "lab": config.lab_name or config.name, "group": groups,
     })  # fmt: skip
+
+
+def _told(name: str) -> str:
+    """Write a folder's name as a class can be told everywhere, bytes that are no UTF-8 in hexadecimals."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _groups(stems: Sequence[str], pattern: str | None) -> list[str]:

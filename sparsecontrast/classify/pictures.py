@@ -78,9 +78,8 @@ def sheet(seen: Sequence[Seen], columns: int = 4) -> np.ndarray:
 
 def _choose(cells: Cells, rows: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Take one of each lab and class, then a second of each, and so on."""
-    rank = {
-        r: hashlib.sha256(f"{seed}:{cells.groups[r]}:{r}".encode()).digest() for r in map(int, rows.tolist())
-    }
+    texts = {r: f"{seed}:{cells.groups[r]}:{r}" for r in map(int, rows.tolist())}
+    rank = {r: hashlib.sha256(t.encode(errors="surrogateescape")).digest() for r, t in texts.items()}
     turns: dict[tuple[str, int], int] = {}
     keys = {}
     for row in sorted(rank, key=lambda r: rank[r]):

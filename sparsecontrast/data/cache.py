@@ -201,7 +201,7 @@ def _tasks(frame: pd.DataFrame, data: DataConfig) -> list[Task]:
 def _noise_seed(path: str, data: DataConfig) -> int:
     """Seed an image's noise by its place below ``data.root``: no random key, no folder of this machine."""
     root = "" if data.root is None else f"{anchored(data.root)}/"
-    return zlib.crc32(path.removeprefix(root).encode())
+    return zlib.crc32(path.removeprefix(root).encode(errors="surrogateescape"))
 
 
 def _quarantine(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
@@ -212,9 +212,9 @@ def _quarantine(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
 
 def _read_quarantine(folder: Path) -> pd.DataFrame:
     """Read what making the index in this folder left out; what decoding left out is found anew."""
-    import pandas as pd
+    from sparsecontrast.data.csv_files import read_table
 
     if not (folder / QUARANTINE).exists():
         return _quarantine([])
-    rows = pd.read_csv(folder / QUARANTINE, dtype=str, na_filter=False)
+    rows = read_table(folder / QUARANTINE)
     return rows[rows["stage"] != "decode"].reset_index(drop=True)

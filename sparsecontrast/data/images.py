@@ -294,7 +294,8 @@ def _reasons(path: str | os.PathLike[str]) -> Iterator[None]:
     except FileNotFoundError:
         raise ImageReadError("no such file") from None
     except OSError as error:
-        detail = error.strerror or str(error).replace(os.fspath(path), "the file")
+        name = os.fspath(path)  # quoted, some names look otherwise
+        detail = error.strerror or str(error).replace(repr(name), "the file").replace(name, "the file")
         raise ImageReadError(f"cannot be read: {detail}") from error
     except Exception as error:  # a parser's message may quote a tag: only its kind is told
         raise ImageReadError(f"damaged file ({type(error).__name__})") from error

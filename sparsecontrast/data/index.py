@@ -7,7 +7,6 @@ stands in ``COLUMNS``. The index and its quarantine hold paths and stay at the s
 
 import json
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sparsecontrast.config import anchored
+from sparsecontrast.data.csv_files import read_table, write_table
 from sparsecontrast.data.dataset import UNNAMED
 from sparsecontrast.data.filters import is_chest, is_frontal, normal_view
 from sparsecontrast.data.images import Header, read_header
@@ -31,7 +31,6 @@ from sparsecontrast.errors import (
     IndexSchemaError,
     MissingDataError,
     PatientLeakError,
-    StorageError,
 )
 from sparsecontrast.progress import track
 from sparsecontrast.settings import DataConfig
@@ -217,25 +216,6 @@ def write_index(frame: pd.DataFrame, csv: Path) -> None:
     write_table(frame, csv)
 
 
-def write_table(frame: pd.DataFrame, csv: Path) -> None:
-    """Write a table whole or not at all, for instance a quarantine; see ``write_index``."""
-    csv = Path(csv)
-    try:
-        csv.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{csv.name}.", dir=csv.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                frame.to_csv(file, index=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, csv)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise StorageError(f"{csv}: cannot be written: {error.strerror}") from error
-
-
 def read_index(csv: Path) -> pd.DataFrame:
     """Read an index and check it.
 
@@ -245,8 +225,7 @@ def read_index(csv: Path) -> pd.DataFrame:
         PatientLeakError: a patient in two splits.
     """
     try:
-        # text throughout: a pseudonym like 12e4567890123456 is no number
-        frame = pd.read_csv(csv, dtype=str, keep_default_na=False)
+        frame = read_table(csv)
     except FileNotFoundError:
         raise MissingDataError(f"{csv}: no such index; make one with `sparsecontrast index`") from None
     except OSError as error:

@@ -41,7 +41,8 @@ def load_key(state_dir: Path) -> bytes:
 
 def pseudonym(key: bytes, kind: str, identifier: str) -> str:
     """Return HMAC-SHA256(key, kind + ":" + identifier), its first 64 bits as 16 hexadecimal digits."""
-    return hmac.new(key, f"{kind}:{identifier}".encode(), hashlib.sha256).hexdigest()[:16]
+    text = f"{kind}:{identifier}".encode(errors="surrogateescape")  # may be the name of a file
+    return hmac.new(key, text, hashlib.sha256).hexdigest()[:16]
 
 
 def _create(file: Path) -> None:

@@ -83,5 +83,5 @@ def published_splits(
 
 def unit_hash(salt: str, patient_id: str) -> float:
     """Return sha256(salt + ":" + id) as a number in [0, 1), from its first 52 bits (exact in a float)."""
-    digest = hashlib.sha256(f"{salt}:{patient_id}".encode()).digest()
+    digest = hashlib.sha256(f"{salt}:{patient_id}".encode(errors="surrogateescape")).digest()
     return (int.from_bytes(digest[:7], "big") >> 4) / 2**52

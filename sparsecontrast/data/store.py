@@ -40,8 +40,8 @@ from sparsecontrast.progress import track
 FORMAT = 1
 # Every other file of this folder may have a say in what a decoded pixel is.
 NOT_PIXELS = {
-    "__init__", "cache", "dataset", "filters", "index", "labels", "progress", "pseudonyms", "recipe", "sites",
-    "splits", "store", "tables", "transforms",
+    "__init__", "cache", "csv_files", "dataset", "filters", "index", "labels", "progress", "pseudonyms",
+    "recipe", "sites", "splits", "store", "tables", "transforms",
 }  # fmt: skip
 
 

@@ -33,7 +33,10 @@ def examine(site_yaml: Path) -> Iterator[Finding]:
         return
     yield Finding("ok", "site", f"{told.name}: privacy {config.privacy.name}, egress {told.egress.approve}")
     groups = {key_of(word).split(".")[0] for word in told.overrides}
-    checks: dict[str, Check] = {"disk": lambda: machine.disk(state_dir)}
+    checks: dict[str, Check] = {
+        "limits": lambda: machine.limits(told.limits),
+        "disk": lambda: machine.disk(state_dir),
+    }
     if "cells" in groups:
         checks["cells"] = lambda: pictures.pictures(told.overrides)
     if "data" in groups or "cells" not in groups:  # a lab of cells alone has no films

@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 
 from sparsecontrast.doctor.finding import Finding
+from sparsecontrast.site_file import Limits
 
 PYTHON = (3, 11)
 GIB = 2**30
 DISK = (2 * GIB, 10 * GIB)  # below: FAIL, warn. Local states, the pixel cache, Flower's copies of messages
 MEMORY = (1.5 * GIB, 4 * GIB)  # a ViT-tiny's client takes 0.7, what it is forked from 0.5, a SuperNode 0.2
+SHARE = 0.75  # of the machine's memory that an answer may well have: the rest is for what else runs here
 PROGRAMS = ("flower-supernode", "flower-superexec", "flwr-clientapp")
 MEMINFO = Path("/proc/meminfo")
 
@@ -85,6 +87,18 @@ def memory() -> Iterator[Finding]:
     told, remedy = f"{free / GIB:.1f} GiB available", "end other programs, or lower train.batch_size"
     level = "FAIL" if free < MEMORY[0] else "warn" if free < MEMORY[1] else "ok"
     yield Finding(level, "memory", told, "" if level == "ok" else remedy)
+
+
+def limits(told: Limits) -> Iterator[Finding]:
+    """Look for the site's own limits of an answer; without one of memory the machine's is the only one."""
+    time = f"an answer takes at most {told.seconds / 3600:.3g} h"
+    if told.memory_gib is not None:
+        yield Finding("ok", "limits", f"{time} and {told.memory_gib:g} GiB")
+        return
+    found = re.search(r"MemTotal:\s+(\d+) kB", MEMINFO.read_text()) if MEMINFO.exists() else None
+    share = f"{SHARE * int(found[1]) * 1024 / GIB:.1f}, " if found else ""
+    remedy = f"limits.memory_gib in site.yaml, such as {share}{SHARE:.0%} of this machine's"
+    yield Finding("warn", "limits", f"{time}, and all memory there is", remedy)
 
 
 def gpu() -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsecontrast.doctor.finding import Finding
 from sparsecontrast.errors import ConfigError
-from sparsecontrast.provision.health import Reason, Seen, UnreachableError, ask_http
+from sparsecontrast.provision.health import Reason, UnreachableError, ask_date, ask_http
 
 SETTINGS = "settings.env"
 DAYS = 30  # of validity left below which there is a warning
@@ -45,13 +45,16 @@ def server(kit: Path) -> Iterator[Finding]:
         yield Finding("FAIL", "server", "address or ca.crt cannot be read", "take them from the kit again")
         return
     except UnreachableError as error:
+        if error.reason == "expired":
+            yield from _out_of_time(str(error), address)
+            return
         name = "server" if error.reason in ("unreachable", "answer") else "tls"
         yield Finding("FAIL", name, str(error), REMEDIES[error.reason])
         return
     yield Finding("ok", "server", f"{address} answers /health")
     if seen.not_after is not None:
         yield _validity("the server's certificate", seen.not_after, REMEDIES["expired"])
-    yield _clock(seen)
+    yield _clock(seen.date)
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -102,10 +105,23 @@ def _validity(what: str, end: datetime, remedy: str) -> Finding:
     return Finding("warn", "tls", told, remedy) if days < DAYS else Finding("ok", "tls", told)
 
 
-def _clock(seen: Seen) -> Finding:
-    if seen.date is None:
+def _out_of_time(what: str, address: str) -> Iterator[Finding]:
+    """Tell a certificate out of its time from a machine out of its own, by the server's clock."""
+    date, here = ask_date(address), datetime.now(UTC)
+    if date is not None and -BEHIND < (here - date).total_seconds() < AHEAD:
+        remedy = REMEDIES["expired"]
+    else:
+        clock = "is wrong" if date is not None else "may be wrong"
+        remedy = f"this clock {clock}, it says {here:%Y-%m-%d %H:%M} UTC: set it by NTP; else "
+        remedy += REMEDIES["expired"]
+    yield Finding("FAIL", "tls", what, remedy)
+    yield _clock(date)
+
+
+def _clock(date: datetime | None) -> Finding:
+    if date is None:
         return Finding("warn", "clock", "the server tells no time", "see that both sides keep theirs by NTP")
-    drift = (datetime.now(UTC) - seen.date).total_seconds()
+    drift = (datetime.now(UTC) - date).total_seconds()
     told = f"{abs(drift):.0f} s {'ahead of' if drift > 0 else 'behind'} the server"
     if not -BEHIND < drift < AHEAD:
         return Finding("FAIL", "clock", told, "set it by NTP: the server would refuse this node's signatures")

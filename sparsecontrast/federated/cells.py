@@ -5,12 +5,10 @@ of a picture are the run's. A lab's test groups are never trained on, and never 
 """
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsecontrast.config import hydra_tree
-from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import ConfigError, EmptySiteError
 from sparsecontrast.federated import Learner, Place
 from sparsecontrast.overrides import key_of
@@ -119,13 +117,12 @@ def training_set(config: "CellsRun", place: Place) -> "Cells":
 def _loaded(config: "CellsRun", place: Place) -> "Cells":
     """Read the pictures, or take them from memory; what is left out is counted and listed at the site."""
     from sparsecontrast.classify.cells import load_cells
+    from sparsecontrast.data.csv_files import write_table
 
     key = repr((config.cells, config.train.image_size, str(place.key_dir)))
     if key not in _pictures:
         cells = load_cells(config.cells, config.train.image_size, classes=config.classes)
-        table = io.StringIO()
-        cells.left_out.to_csv(table, index=False)
-        write_bytes(place.key_dir / QUARANTINE, table.getvalue().encode())
+        write_table(cells.left_out, place.key_dir / QUARANTINE)
         for reason, count in cells.left_out["reason"].value_counts().items():
             place.say(f"{count} picture(s) left out: {reason}")
         _pictures.clear()

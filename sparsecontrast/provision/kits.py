@@ -115,11 +115,12 @@ def write_site(plan: Plan, site: PlannedSite, authority: Authority, kit: Path, k
         _write(kit, f"bin/{program}", program, more)
     _write(kit, "health.sh", "health.site", more)
     _write(kit, "site.yaml", "site.yaml", more | {"body": site_yaml(site).rstrip()})
-    unit = {"what": f"site {site.name}", "script": "supernode.sh"}
+    unit = {"what": f"site {site.name}", "script": "supernode.sh", "state_dir": site.state_dir}
     writes = f"{plan.install.kit} {site.state_dir}"
     _write(kit, "supernode.service", "service", more | unit | {"writes": writes})
     volumes = [(site.state_dir, ""), *((path, ":ro") for path in _data_paths(site))]
     _write(kit, "compose.yaml", "compose.yaml", more | unit | {"service": "supernode", "volumes": volumes})
+    _write(kit, "compose.sh", "compose.sh", unit)
     write_site_key(site, kit, keys)
 
 
@@ -167,9 +168,10 @@ def _write_server(plan: Plan, authority: Authority, folders: Folders) -> None:
         _write(kit, name, name, more)
     _write(kit, "health.sh", "health.server", more)
     _write(kit, "flower/config.toml", "config.toml", more)
-    unit = {"what": f"federation {plan.federation}: SuperLink", "script": "superlink.sh"}
+    unit = {"what": f"federation {plan.federation}: SuperLink", "script": "superlink.sh", "state_dir": ""}
     _write(kit, "superlink.service", "service", more | unit | {"writes": plan.install.kit})
     _write(kit, "compose.yaml", "compose.yaml", more | unit | {"service": "superlink", "volumes": []})
+    _write(kit, "compose.sh", "compose.sh", unit)
     for folder in (folders.keys, folders.revoked):
         folder.mkdir()
     if plan.server.proxied:
