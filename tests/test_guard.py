@@ -15,7 +15,7 @@ from client.app import hello
 from client.app import train as honest
 from client.guard import guard
 from sparsecontrast import cli, payload
-from sparsecontrast.approval import waiting
+from sparsecontrast.approval import digest, waiting
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.errors import FederationError
 from sparsecontrast.overrides import assign
@@ -186,7 +186,7 @@ def test_an_error_is_logged_too_and_a_broken_log_stops_everything(tmp_path):
 
 
 @pytest.mark.parametrize("approve", [True, False])
-def test_a_person_decides(tmp_path, approve):
+def test_a_person_decides(tmp_path, approve, capsys):
     node = site(tmp_path, egress={"approve": "manual", "wait_seconds": 60})
     state, seen = tmp_path / "x" / "state", {}
 
@@ -196,7 +196,14 @@ def test_a_person_decides(tmp_path, approve):
         (name,) = found
         seen.update(found[name])
         seen["array"] = np.load(state / "pending" / f"{name}.npy", allow_pickle=False)
-        cli.main(["egress", "approve" if approve else "deny", str(state), name])
+        listed = [cli.main(["egress", "list", str(state)]), capsys.readouterr().out]
+        sha256 = digest(found[name])
+        assert (
+            f"waits: {name}: " in listed[1] and name.endswith(sha256[:12]) and f"sha256 {sha256}" in listed[1]
+        )
+        action = "approve" if approve else "deny"
+        seen["refused"] = cli.main(["egress", action, str(state), name, "--sha256", "0" * 64])
+        cli.main(["egress", action, str(state), name, "--sha256", sha256])
 
     thread = threading.Thread(target=person)
     thread.start()
@@ -209,6 +216,7 @@ def test_a_person_decides(tmp_path, approve):
             assert "held back: held" in (state / "client.log").read_text()
     finally:
         thread.join(30)
+    assert seen["refused"] == 2
     assert seen["bytes"] == seen["array"].nbytes and seen["metrics"]["num-examples"] == 6
     assert [r.kind for r in EgressLog(state).rows()] == ["hello"] + ["train"] * approve
     assert not list((state / "pending").iterdir())
