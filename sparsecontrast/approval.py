@@ -1,10 +1,13 @@
 """Releases that wait for a person: ``pending/`` in a site's folder, and the decision as a file beside it.
 
-A release is shown as what the log would say of it, and as the array itself, to be looked into. Silence is
-an answer too: after ``wait_seconds`` it is held back for good, and the server hears a code.
+A release is shown as what the log would say of it, and as the array itself, to be looked into. A decision is
+about what was shown, not about a round: its name ends with the SHA-256 of that, and the decision holds all of
+it, so that another answer to the same round is another release. Silence is an answer too: after
+``wait_seconds`` it is held back for good, and the server hears a code.
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import time
@@ -19,6 +22,7 @@ from sparsecontrast.errors import ConfigError, HeldError
 
 FOLDER = "pending"
 POLL_SECONDS = 0.2
+SHORT = 12  # hex digits of the digest that a release's name ends with
 _ID = re.compile(r"[0-9a-zA-Z_-]{1,80}")
 
 
@@ -29,16 +33,17 @@ def wait_for_approval(
 
     Args:
         folder: of the site.
-        release: its name, of letters, digits, - and _.
-        facts: what the log will say.
+        release: its name, of letters, digits, - and _; it waits as ``release-DIGEST``.
+        facts: what the log will say, the SHA-256 of the array included.
         flat: the array that would leave.
         seconds: to wait at most.
 
     Raises:
-        HeldError: it was denied, or nobody answered.
+        HeldError: it was denied, nobody answered, or what was approved is something else.
         StorageError: it could not be shown.
     """
-    pending = Path(folder) / FOLDER
+    pending, shown = Path(folder) / FOLDER, digest(facts)
+    release = f"{release}-{shown[:SHORT]}"
     files = {end: pending / f"{release}.{end}" for end in ("json", "npy", "approved", "denied")}
     for end in ("approved", "denied"):  # of an earlier attempt: that was another release
         files[end].unlink(missing_ok=True)
@@ -49,6 +54,7 @@ def wait_for_approval(
     try:
         while time.monotonic() < deadline:
             if files["approved"].exists():
+                _compare(files["approved"].read_text(errors="replace").strip(), shown, release)
                 return
             if files["denied"].exists():
                 raise HeldError(f"{release}: denied by a person at this site")
@@ -69,13 +75,35 @@ def waiting(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def decide(folder: Path, release: str, approve: bool) -> None:
-    """Approve or deny a release that waits.
+def digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of what a person is shown; by its own ``sha256`` it covers the array."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def decide(folder: Path, release: str, approve: bool, sha256: str | None = None) -> None:
+    """Approve or deny a release that waits, as it is shown in this moment.
+
+    Args:
+        folder: of the site.
+        release: its name, as ``waiting`` has it.
+        approve: or deny.
+        sha256: of what was looked at, as ``digest`` has it, its first eight digits at least.
 
     Raises:
-        ConfigError: nothing of that name waits.
+        ConfigError: nothing of that name waits, or what waits is not what was looked at.
     """
-    if not _ID.fullmatch(release) or release not in waiting(folder):
-        known = ", ".join(waiting(folder)) or "nothing"
+    found = waiting(folder)
+    if not _ID.fullmatch(release) or release not in found:
+        known = ", ".join(found) or "nothing"
         raise ConfigError(f"{release[:80]!r}: does not wait in {Path(folder) / FOLDER}; waiting: {known}")
-    write_bytes(Path(folder) / FOLDER / f"{release}.{'approved' if approve else 'denied'}", b"")
+    shown = digest(found[release])
+    if sha256 is not None and not (len(sha256) >= 8 and shown.startswith(sha256.lower())):
+        raise ConfigError(
+            f"--sha256 {sha256[:64]}: {release} is {shown}: look at it again; nothing was decided"
+        )
+    write_bytes(Path(folder) / FOLDER / f"{release}.{'approved' if approve else 'denied'}", shown.encode())
+
+
+def _compare(approved: str, shown: str, release: str) -> None:
+    if approved != shown:
+        raise HeldError(f"{release}: what was approved is {approved[:64] or 'not named'}, this is {shown}")

@@ -3,7 +3,10 @@
 ``egress.jsonl`` holds one row for each answer, an error code too: when, to which run and round, the names,
 shapes and norms of the tensors, the SHA-256 of their bytes, the scalars told, epsilon so far. No value of a
 weight, no path, no patient. A row changed or dropped breaks the chain behind it; rows missing at the end show
-against the head, a file of its own, or against a head that was noted elsewhere (``--noted``).
+against the head, a file of its own, and against the ledger of a private site (``sparsecontrast.witness``).
+
+Not seen without a ledger: log and head deleted together, or the head and all rows but the first; nor anywhere
+a folder put back as a whole. Against these helps a row noted elsewhere (``egress verify --noted``).
 
 A crash may tear the last line. What it would have told never left, because the row comes first; the next row
 says that there was such a line, and its bytes stay in ``egress.torn``.
@@ -23,6 +26,7 @@ from typing import Any
 from sparsecontrast.chain import Row, first_broken, next_row
 from sparsecontrast.durable import sync_folder, write_bytes
 from sparsecontrast.errors import EgressError, StorageError
+from sparsecontrast.witness import Witness
 
 FILE = "egress.jsonl"
 HEAD = "egress.head.json"
@@ -39,6 +43,7 @@ class EgressLog:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.path, self.head = self.folder / FILE, self.folder / HEAD
+        self.witness = Witness(self.folder)
 
     def append(self, kind: str, content: Mapping[str, Any]) -> Row:
         """Write a row; it has survived a power cut when this returns.
@@ -58,12 +63,19 @@ class EgressLog:
                 rows, torn = self._checked(file.read())
                 if torn:
                     rows.append(self._set_aside(file, rows, torn))
+                if rows and not self.head.exists():  # a crash leaves one row without a head, never two
+                    self._write_head(rows[-1])
                 row = next_row(rows[-1:], kind, {**content, "time": _now()})
                 _write(file, row)
-                write_bytes(self.head, json.dumps({"count": row.number, "hash": row.hash}).encode())
+                self._write_head(row)
+                self.witness.write(row.number, row.hash)
                 return row
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be written: {error.strerror}; nothing left") from error
+
+    def begun(self) -> bool:
+        """Whether anything says that there is, or was, a log."""
+        return self.path.exists() or self.head.exists() or self.witness.read() is not None
 
     def rows(self) -> list[Row]:
         """Read the log and check it whole; a torn last line is left out.
@@ -102,12 +114,16 @@ class EgressLog:
             yield file
 
     def _refuse_missing(self) -> None:
-        if self._read_head() is not None:
-            raise EgressError(f"{self.path}: missing, but {HEAD} says that it was there; restore it")
+        for where, seen in ((HEAD, self._read_head()), ("the ledger", self.witness.read())):
+            if seen is not None:
+                raise EgressError(f"{self.path}: missing, but {where} says that it was there; restore it")
+
+    def _write_head(self, row: Row) -> None:
+        write_bytes(self.head, json.dumps({"count": row.number, "hash": row.hash}).encode())
 
     def _checked(self, data: bytes) -> tuple[list[Row], bytes]:
-        """All whole rows, held to the chain and to the head, and what a crash left behind them."""
-        head = self._read_head() or (0, "")
+        """All whole rows, held to the chain, the head and the ledger, and what a crash left behind them."""
+        head = self._read_head()
         *lines, torn = data.split(b"\n")
         rows = [self._row(line, number) for number, line in enumerate(lines, 1)]
         if (broken := first_broken(rows)) is not None:
@@ -115,11 +131,18 @@ class EgressLog:
                 f"{self.path}: row {broken} is broken: it, or one before it, was changed, dropped or moved. "
                 "Nothing leaves until the log is restored as it last was"
             )
-        if len(rows) < head[0]:
-            raise EgressError(f"{self.path}: {len(rows)} rows, but there were {head[0]}: its end was cut off")
-        if head[0] and rows[head[0] - 1].hash != head[1]:
-            raise EgressError(f"{self.path}: row {head[0]} is not the one that was written: made anew")
+        if head is None and len(rows) > 1:
+            raise EgressError(f"{self.head}: missing, but {len(rows)} rows were written; restore it")
+        for seen in (head, self.witness.read()):
+            if seen is not None:
+                self._hold(rows, *seen)
         return rows, torn
+
+    def _hold(self, rows: Sequence[Row], count: int, digest: str) -> None:
+        if len(rows) < count:
+            raise EgressError(f"{self.path}: {len(rows)} rows, but there were {count}: its end was cut off")
+        if count < 1 or rows[count - 1].hash != digest:
+            raise EgressError(f"{self.path}: row {count} is not the one that was written: made anew")
 
     def _set_aside(self, file: Any, rows: Sequence[Row], torn: bytes) -> Row:
         with open(self.folder / TORN, "ab") as aside:

@@ -44,7 +44,11 @@ def provision(options: argparse.Namespace) -> None:
     if options.apply:
         print(change.apply(out), end="")
     elif options.what in CHANGES and options.name != "server":
-        print(f"not in force before {out / 'server' / 'register.sh'} has run where the SuperLink runs")
+        print(
+            f"not in force before {out / 'server' / 'register.sh'} has run where the SuperLink runs; "
+            f"elsewhere, copy both folders there first: rsync -a --delete {out / 'server' / 'keys'} "
+            f"{out / 'server' / 'revoked'} HOST:KIT/"
+        )
 
 
 def _provision(options: argparse.Namespace) -> None:

@@ -41,6 +41,11 @@ def egress_options(egress: argparse.ArgumentParser) -> None:
     egress.add_argument("action", choices=("verify", "list", "approve", "deny"))
     egress.add_argument("folder", type=Path, metavar="FOLDER", help="a site's state_dir")
     egress.add_argument("release", nargs="?", metavar="RELEASE", help="of approve and deny")
+    egress.add_argument(
+        "--sha256",
+        metavar="HEX",
+        help="approve and deny: only if this is what `list` showed, 8 digits or more",
+    )
     egress.add_argument("--noted", metavar="ROW:HASH", help="verify: and that this row is still there")
 
 
@@ -120,7 +125,7 @@ def _print_budget(told: dict[str, list[dict[str, Any]]]) -> None:
 
 def egress(options: argparse.Namespace) -> None:
     """Run ``egress``."""
-    from sparsecontrast.approval import decide, waiting
+    from sparsecontrast.approval import decide, digest, waiting
     from sparsecontrast.egress import EgressLog
 
     if options.action == "verify":
@@ -130,15 +135,14 @@ def egress(options: argparse.Namespace) -> None:
         rows = [[str(r.number), r.kind, *_released(r.content)] for r in EgressLog(options.folder).rows()]
         print_table(["row", "answer", "run", "round", "status", "tensors", "bytes", "epsilon", "time"], rows)
         for name, facts in waiting(options.folder).items():
-            print(
-                f"waits: {name}: {len(facts['tensors'])} tensors, {facts['bytes']} bytes, {facts['metrics']}"
-            )
+            size = f"{len(facts['tensors'])} tensors, {facts['bytes']} bytes"
+            print(f"waits: {name}: {size}, {facts['metrics']}; sha256 {digest(facts)}")
     else:
         if options.release is None:
             raise ConfigError(
                 f"egress {options.action}: name the release; `sparsecontrast egress list` shows them"
             )
-        decide(options.folder, options.release, options.action == "approve")
+        decide(options.folder, options.release, options.action == "approve", options.sha256)
         print(f"{options.release}: {'approved' if options.action == 'approve' else 'denied'}")
 
 

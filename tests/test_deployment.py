@@ -189,8 +189,13 @@ def test_a_node_forks_its_clients_and_leaves_no_process_when_it_is_killed(federa
 def test_a_revoked_site_is_turned_away_at_once_and_for_good(federation):
     west = federation.started["west"]
     assert LET_IN in said(federation, "west") and west.poll() is None
+    (key,) = federation.kits.keys.glob("west.*.pub")
+    kept = key.read_bytes()
+    (federation.kits.server / "registered" / f"{key.stem}.id").unlink()  # the SuperLink knows it all the same
     change.revoke(federation.kits.root, "west")
-    federation.tell("register.sh")
+    key.write_bytes(kept)  # as after a copy without deletion
+    assert "in keys/ and in revoked/: not registered" in federation.tell("register.sh")
+    key.unlink()
     west.wait(90)
     shutil.copytree(
         federation.kits.root / "sites" / ".revoked-west", federation.folder / "strangers" / "west"

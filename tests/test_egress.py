@@ -9,6 +9,8 @@ import pytest
 
 from sparsecontrast.egress import FILE, HEAD, TORN, EgressLog
 from sparsecontrast.errors import EgressError, StorageError
+from sparsecontrast.ledger import Ledger
+from tests.ledgers import charged
 
 FACTS = {"status": "ok", "round": 1, "run_key": "ab", "sha256": "0" * 64}
 
@@ -90,6 +92,87 @@ def test_a_head_that_is_behind_is_no_fault_and_a_damaged_one_is(tmp_path):
     log.head.write_bytes(b"{")
     with pytest.raises(EgressError, match="damaged"):
         log.append("train", FACTS)
+
+
+def cut_to(log, kept):
+    """Delete the head, and all rows but the first."""
+    log.head.unlink()
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    if kept:
+        log.path.write_bytes(b"".join(lines[:kept]))
+    else:
+        log.path.unlink()
+
+
+@pytest.mark.parametrize("kept", [2, 3, 6])
+def test_rows_without_a_head_are_refused(tmp_path, kept):
+    log = filled(tmp_path, 6)
+    cut_to(log, kept)
+    for use in (log.rows, log.verify, lambda: log.append("train", FACTS)):
+        with pytest.raises(EgressError, match="head.json: missing, but"):
+            use()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_crashes_one_after_the_other_leave_no_two_rows_without_a_head(tmp_path, torn):
+    """Killed between a row and its head, in one answer after the other; the first row may have been torn."""
+    log, real = EgressLog(tmp_path), EgressLog._write_head
+
+    def killed_at_head(number):
+        calls = []
+
+        def write(self, row):
+            calls.append(row)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            real(self, row)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(EgressLog, "_write_head", write)
+            with pytest.raises(KeyboardInterrupt):
+                log.append("train", FACTS)
+
+    if torn:
+        log.path.write_bytes(b'{"body": ')
+    else:
+        killed_at_head(1)
+        assert not log.head.exists() and len(log.rows()) == 1
+    killed_at_head(2)
+    assert json.loads(log.head.read_bytes())["count"] == 1 and len(log.rows()) == 2
+    assert log.append("train", FACTS).number == 3
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_the_ledger_has_seen_a_log_that_was_cut_with_its_head(tmp_path, kept):
+    charged(tmp_path)
+    log = filled(tmp_path, 6)
+    assert log.verify().number == 6 and Ledger(tmp_path).verify()
+    cut_to(log, kept)
+    says = "there were 6: its end was cut off" if kept == 1 else "missing, but"
+    for use in (log.rows, log.verify, lambda: log.append("train", FACTS)):
+        with pytest.raises(EgressError, match=says):
+            use()
+    assert log.begun()
+
+
+def test_without_a_ledger_only_a_noted_row_tells_of_a_log_begun_anew(tmp_path):
+    log = filled(tmp_path, 6)
+    last = log.verify()
+    cut_to(log, 0)
+    assert not log.begun()
+    log.append("hello", FACTS)
+    assert log.verify().number == 1
+    with pytest.raises(EgressError, match="no row 6:"):
+        log.verify(f"{last.number}:{last.hash}")
+
+
+def test_a_damaged_ledger_is_no_witness_and_stops_no_answer(tmp_path):
+    """It says itself that it is damaged, to whoever needs it."""
+    charged(tmp_path)
+    log = filled(tmp_path, 2)
+    Ledger(tmp_path).path.write_bytes(b"no database" * 500)
+    log.append("train", FACTS)
+    assert log.verify().number == 3
 
 
 def test_a_full_disk_is_told_and_nothing_counts(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from client.app import hello
 from client.app import train as honest
 from client.guard import guard
 from sparsecontrast import cli, payload
-from sparsecontrast.approval import waiting
+from sparsecontrast.approval import digest, waiting
 from sparsecontrast.egress import EgressLog
 from sparsecontrast.errors import FederationError
 from sparsecontrast.overrides import assign
@@ -187,7 +187,7 @@ def test_an_error_is_logged_too_and_a_broken_log_stops_everything(tmp_path):
 
 
 @pytest.mark.parametrize("approve", [True, False])
-def test_a_person_decides(tmp_path, approve):
+def test_a_person_decides(tmp_path, approve, capsys):
     node = site(tmp_path, egress={"approve": "manual", "wait_seconds": 60})
     state, seen = tmp_path / "x" / "state", {}
 
@@ -197,7 +197,14 @@ def test_a_person_decides(tmp_path, approve):
         (name,) = found
         seen.update(found[name])
         seen["array"] = np.load(state / "pending" / f"{name}.npy", allow_pickle=False)
-        cli.main(["egress", "approve" if approve else "deny", str(state), name])
+        listed = [cli.main(["egress", "list", str(state)]), capsys.readouterr().out]
+        sha256 = digest(found[name])
+        assert (
+            f"waits: {name}: " in listed[1] and name.endswith(sha256[:12]) and f"sha256 {sha256}" in listed[1]
+        )
+        action = "approve" if approve else "deny"
+        seen["refused"] = cli.main(["egress", action, str(state), name, "--sha256", "0" * 64])
+        cli.main(["egress", action, str(state), name, "--sha256", sha256])
 
     thread = threading.Thread(target=person)
     thread.start()
@@ -210,6 +217,7 @@ def test_a_person_decides(tmp_path, approve):
             assert "held back: held" in (state / "client.log").read_text()
     finally:
         thread.join(30)
+    assert seen["refused"] == 2
     assert seen["bytes"] == seen["array"].nbytes and seen["metrics"]["num-examples"] == 6
     told_of = [(r.kind, r.content["status"], "sha256" in r.content) for r in EgressLog(state).rows()]
     assert told_of == [("hello", "ok", False), ("train", "ok" if approve else "error", approve)]

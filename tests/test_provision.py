@@ -380,3 +380,27 @@ def test_a_hospital_may_make_its_key_itself_and_nobody_else_ever_holds_it(tmp_pa
     (known,) = (out / "server" / "keys").glob("st-elsewhere.*.pub")
     assert known.read_text().split()[1] == told["sites"][0]["public_key"].split()[1]
     assert not (kit / "node.key").exists()
+
+
+def test_a_key_that_was_revoked_comes_back_under_no_name_and_an_attempt_that_was_cut_off_revokes_none(
+    made, tmp_path, monkeypatch
+):
+    out, (_, public) = copied(made, tmp_path), site_key("mine")
+    told = plan_with(lambda t: t["sites"].append(
+        {"name": "mercy", "state_dir": "/srv/sc", "public_key": public.decode()}
+    ))  # fmt: skip
+    (out / "sites.yaml").write_text(yaml.safe_dump(told))
+    with monkeypatch.context() as patch:
+        patch.setattr(change, "new_folder", lambda kit: (_ for _ in ()).throw(KeyboardInterrupt))
+        kits.write_site_key(read_plan(out / "sites.yaml").site("mercy"), out, out / "server" / "keys")
+        with pytest.raises(KeyboardInterrupt):
+            change.add(out, "mercy")
+    change.add(out, "mercy")
+    assert keys(out) == [["county-general", "mercy", "st-elsewhere"], []]
+    change.revoke(out, "mercy")
+    told["sites"][2]["name"] = "mercy-again"
+    (out / "sites.yaml").write_text(yaml.safe_dump(told))
+    before = contents(out)
+    with pytest.raises(ConfigError, match="was revoked; it has to make a new one"):
+        change.add(out, "mercy-again")
+    assert contents(out) == before

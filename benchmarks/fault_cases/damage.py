@@ -82,6 +82,7 @@ def alone() -> list[Case]:
         ),
         Case("storage", f"the log of what left is cut, at {SPOTS} places", partial(egress, harm=cut)),
         Case("storage", "the head of the log of what left is damaged, in each way", egress_head),
+        Case("storage", "the head is gone, and the log cut or gone too; a private site", egress_both),
     ]
 
 
@@ -216,11 +217,32 @@ def egress_head(folder: Path) -> Found:
             for number in (1, 2):
                 log.append("train", {"round": number})
             harm(log.folder / name)
-            if (name, what) == (HEAD, "gone"):
-                continue  # without a head the chain alone speaks: told in egress.py
             try:
                 log.append("train", {"round": 3})
                 expect((name, what) == (FILE, "bytes at its end"), f"{name} {what}: went on")
             except EgressError:
                 count += 1
     return {"found": f"{count} refused; bytes behind the last line set aside"}
+
+
+def egress_both(folder: Path) -> Found:
+    """Take the head away and cut the log, or take both: the ledger of a private site has seen more rows."""
+    cohort = cohort_of((f"patient {i}" for i in range(50)), b"k" * 32)
+    policy = Policy(epsilon([CHARGE], DELTA) + 1e-6, DELTA, 1.0, 4)
+    for kept in range(3):
+        log = EgressLog(folder / f"{kept} kept")
+        Ledger(log.folder).reserve("run", 1, cohort, policy, CHARGE)
+        for number in range(1, 4):
+            log.append("train", {"round": number})
+        log.head.unlink()
+        lines = log.path.read_bytes().splitlines(keepends=True)
+        if kept:
+            log.path.write_bytes(b"".join(lines[:kept]))
+        else:
+            log.path.unlink()
+        try:
+            log.append("train", {"round": 4})
+        except EgressError:
+            continue
+        expect(False, f"{kept} rows and no head: went on")
+    return {"found": "refused, with 0, 1 and 2 of 3 rows left"}

@@ -41,10 +41,10 @@ def ledger(config: Config, state_dir: Path) -> Iterator[Finding]:
 def egress(state_dir: Path, manual: bool) -> Iterator[Finding]:
     """Prove the log whole, and see whether something waits for a person."""
     from sparsecontrast.approval import waiting
-    from sparsecontrast.egress import HEAD, EgressLog
+    from sparsecontrast.egress import EgressLog
 
     log = EgressLog(state_dir)
-    if not log.path.exists() and not (state_dir / HEAD).exists():
+    if not log.begun():
         yield Finding("ok", "egress", "nothing has left yet")
     else:
         try:

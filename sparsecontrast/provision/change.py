@@ -1,6 +1,7 @@
 """One command each: a site joins, gets a new key, leaves; the server gets a new certificate.
 
-The server's kit always says how things should be, in ``keys/`` and ``revoked/``; ``register.sh`` makes it so.
+The server's kit always says how things should be, in ``keys/`` and ``revoked/``; ``register.sh`` makes it so,
+on the machine where the SuperLink runs, as soon as both folders are there.
 Each command can be cut off anywhere, and run again.
 """
 
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from sparsecontrast.durable import new_folder, sync_folder
 from sparsecontrast.errors import ConfigError, FederationError
+from sparsecontrast.provision.authority import fingerprint, public_key
 from sparsecontrast.provision.kits import (
     PLAN,
     Folders,
@@ -18,14 +20,14 @@ from sparsecontrast.provision.kits import (
     write_site,
     write_site_key,
 )
-from sparsecontrast.provision.plan import Plan, read_plan
+from sparsecontrast.provision.plan import Plan, PlannedSite, read_plan
 
 
 def add(out: Path, name: str) -> Path:
     """Make the kit of a site that was added to ``sites.yaml``; returns its folder.
 
     Raises:
-        ConfigError: ``sites.yaml`` does not know it, or it has a kit already.
+        ConfigError: ``sites.yaml`` does not know it, it has a kit already, or its own key was revoked.
         StorageError: the disk does not take it.
     """
     folders, plan = _opened(out)
@@ -34,8 +36,10 @@ def add(out: Path, name: str) -> Path:
         raise ConfigError(
             f"{kit}: is there already; its key is not made anew but by `provision rotate {name}`"
         )
+    own = _own_key(folders, site)
     for key in _keys(folders, name):  # of an attempt that was cut off: nobody holds its other half
-        _move(key, folders.revoked)
+        if key.name != own:
+            _move(key, folders.revoked)
     with new_folder(kit) as scratch:
         write_site(plan, site, folders.authority(), scratch, folders.keys)
     write_runbook(plan, out)
@@ -46,7 +50,7 @@ def rotate_site(out: Path, name: str) -> Path:
     """Give a site a new key, and take the old one out of use; returns its kit.
 
     Raises:
-        ConfigError: no such site, it was revoked, or its own public key in ``sites.yaml`` is still the old.
+        ConfigError: no such site, it was revoked, or its own public key in ``sites.yaml`` is an old one.
         StorageError: the disk does not take it.
     """
     folders, plan = _opened(out)
@@ -56,6 +60,7 @@ def rotate_site(out: Path, name: str) -> Path:
     site = plan.site(name)
     if site.public_key is not None and site.public_key.split()[1] in (kit / "node.pub").read_text():
         raise ConfigError(f"{name!r} makes its keys itself: put its new public_key into {out / PLAN} first")
+    _own_key(folders, site)
     known = write_site_key(site, kit, folders.keys)
     for key in _keys(folders, name):
         if key != known:
@@ -119,6 +124,20 @@ def _opened(out: Path) -> tuple[Folders, Plan]:
             f"{out}: no federation; `sparsecontrast provision sites.yaml --out {out}` makes one"
         )
     return folders, read_plan(out / PLAN)
+
+
+def _own_key(folders: Folders, site: PlannedSite) -> str | None:
+    """File name of the public key that a site made itself; None where it is given one.
+
+    Raises:
+        ConfigError: it was revoked. Its holder may not come back with it; Flower takes no key twice.
+    """
+    if site.public_key is None:
+        return None
+    mark = fingerprint(public_key(site.public_key, f"sites.{site.name}.public_key"))
+    if gone := sorted(folders.revoked.glob(f"*.{mark}.pub")):
+        raise ConfigError(f"{gone[0]}: the key of {site.name!r} was revoked; it has to make a new one")
+    return f"{site.name}.{mark}.pub"
 
 
 def _keys(folders: Folders, name: str) -> list[Path]:
