@@ -148,15 +148,13 @@ def judge(
     cells: Cells, rows: np.ndarray, said: np.ndarray, replicates: int, seed: int
 ) -> list[dict[str, Any]]:
     """Score rows [N] of ``cells`` by what was said of them [N]: all labs together, then each."""
-    labels, count = cells.labels.numpy()[rows], len(cells.classes)
+    labels, groups, count = cells.labels.numpy()[rows], cells.own_groups()[rows], len(cells.classes)
     found = []
     for lab in ("all", *sorted(set(cells.labs[rows]))):
         of = np.flatnonzero((cells.labs[rows] == lab) | (lab == "all"))
         entry: dict[str, Any] = {"lab": lab, "images": len(of)}
         for name, score in (("accuracy", scores.accuracy), ("macro_f1", scores.macro_f1)):
-            one = scores.bootstrap(
-                score, labels[of], said[of], cells.groups[rows][of], count, replicates, seed
-            )
+            one = scores.bootstrap(score, labels[of], said[of], groups[of], count, replicates, seed)
             entry[name] = vars(one)
         entry["confusion"] = scores.confusion(labels[of], said[of], count).tolist()
         found.append(entry)
