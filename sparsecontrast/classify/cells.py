@@ -72,7 +72,7 @@ def load_cells(config: CellsConfig, image_size: int, classes: Sequence[str] | No
 
     Raises:
         MissingDataError: no root, or no such folder or table.
-        IndexSchemaError: a column that is not there.
+        IndexSchemaError: a column that is not there, or no table at all.
         EmptySiteError: fewer than two classes are left.
         ConfigError: a class that was asked for is not there, or a pattern that is none.
     """
