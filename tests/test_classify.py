@@ -196,6 +196,7 @@ def test_the_report_names_the_cells_and_no_path(run_dir, folder):
     assert page.count("data:image/jpeg;base64,") == 3 * 5
     assert str(folder) not in page and "grey_disc" not in page and "<script" not in page
     assert not re.search(r"https?://", page)
+    assert "chosen by a coarse look at all</h1>" in page and "framed in zeros" in page
     assert "class rare: 3 pictures, too few" in page and "% of the pixels" in page
 
 

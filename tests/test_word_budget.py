@@ -1,5 +1,6 @@
 import pytest
 
+from sparsecontrast.errors import MethodError
 from sparsecontrast.methods.word_budget import WordBudget
 
 
@@ -50,6 +51,17 @@ def test_smoothing_keeps_one_bad_epoch_from_moving_k():
     assert ks(rough, losses)[-1] == 40  # shrank, then grew back at once
     assert ks(smooth, losses)[-1] == 25  # 1.015 smoothed: no rise
     assert smooth.trajectory[-1]["smoothed"] == pytest.approx(1.015)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_refused_and_moves_nothing(loss):
+    one = budget()
+    ks(one, [1.0, 1.0])
+    before = one.k
+    with pytest.raises(MethodError, match=r"lower train\.lr"):
+        one.observe(loss)
+    assert one.k == before and len(one.trajectory) == 2
+    assert one.observe(0.9) == before  # what came before still counts: the loss is falling
 
 
 def test_the_trajectory_tells_every_epoch_with_the_k_it_was_trained_with():

@@ -24,7 +24,7 @@ class Cells:
         labels: index into ``classes`` [N].
         classes: names, sorted.
         labs: of each picture [N].
-        groups: of each picture [N]; a group stands in one split.
+        groups: of each picture [N]; a group of one lab stands in one split.
         left_out: rows (path, reason) that are not among them.
     """
 
@@ -37,6 +37,11 @@ class Cells:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def own_groups(self) -> np.ndarray:
+        """Number the groups [N], in the order of their names; the same name at two labs is two groups."""
+        table = pd.DataFrame({"group": self.groups, "lab": self.labs})
+        return table.groupby(["group", "lab"], sort=True).ngroup().to_numpy()
 
     def select(self, rows: Tensor) -> "Cells":
         """Keep rows, in the order given."""
@@ -67,7 +72,7 @@ def load_cells(config: CellsConfig, image_size: int, classes: Sequence[str] | No
 
     Raises:
         MissingDataError: no root, or no such folder or table.
-        IndexSchemaError: a column that is not there.
+        IndexSchemaError: a column that is not there, or no table at all.
         EmptySiteError: fewer than two classes are left.
         ConfigError: a class that was asked for is not there, or a pattern that is none.
     """
@@ -113,9 +118,10 @@ def lab_names(config: CellsConfig) -> list[str]:
 def split_cells(cells: Cells, config: CellsConfig, seed: int) -> Split:
     """Split by lab and group, stratified by lab and class; the seed shuffles the groups.
 
-    A group goes where the class and lab of its first picture send it. Labs that are only tested are tested
-    whole; of those that are trained and tested, ``test_fraction`` of the groups; ``val_fraction`` of what is
-    left of the training labs is held out.
+    A group is one lab's: labs count their patients from 1, each for itself, so the same name at two labs is
+    two groups, and how a lab is split depends on its own pictures alone. A group goes where the class of its
+    first picture sends it. Labs that are only tested are tested whole; of those that are trained and tested,
+    ``test_fraction`` of the groups; ``val_fraction`` of what is left of the training labs is held out.
 
     Raises:
         ConfigError: a lab that is not there.
@@ -145,16 +151,17 @@ def _parts(cells: Cells, config: CellsConfig, seed: int) -> np.ndarray:
     known = sorted(set(cells.labs))
     trained, tested = config.train_labs or tuple(known), config.test_labs or config.train_labs or tuple(known)
     _refuse_unknown((*trained, *tested), known)
-    place: dict[str, str] = {}
+    place: dict[tuple[str, str], str] = {}
     for (lab, _), groups in _strata(cells).items():
+        # by the name alone, without the lab: the splits of committed benchmarks rest on this order
         order = sorted(groups, key=lambda g: _rank(f"{seed}:{g}"))
         n_test = round(config.test_fraction * len(order)) if lab in trained else len(order)
         n_test = n_test if lab in tested else 0
         rest = order[n_test:] if lab in trained else []
         n_val = max(1, round(config.val_fraction * len(rest)))
-        place |= dict.fromkeys(order[:n_test], "test" if lab in tested else "")
-        place |= dict.fromkeys(rest[:n_val], "val") | dict.fromkeys(rest[n_val:], "train")
-    return np.array([place.get(group, "") for group in cells.groups])
+        for part, names in (("test", order[:n_test]), ("val", rest[:n_val]), ("train", rest[n_val:])):
+            place |= {(lab, name): part for name in names}
+    return np.array([place.get(one, "") for one in zip(cells.labs, cells.groups, strict=True)])
 
 
 def _rank(text: str) -> bytes:
@@ -175,11 +182,11 @@ def class_weights(labels: Tensor, classes: int, balance: float) -> Tensor:
 
 
 def _strata(cells: Cells) -> dict[tuple[str, int], list[str]]:
-    """Groups by the lab and class of their first picture; the same group at two labs counts for the first."""
-    first: dict[str, tuple[str, int]] = {}
-    for group, lab, label in zip(cells.groups, cells.labs, cells.labels.tolist(), strict=True):
-        first.setdefault(group, (lab, label))
+    """Groups of each lab by the class of their first picture there."""
+    first: dict[tuple[str, str], int] = {}
+    for lab, group, label in zip(cells.labs, cells.groups, cells.labels.tolist(), strict=True):
+        first.setdefault((lab, group), label)
     found: dict[tuple[str, int], list[str]] = {}
-    for group, stratum in first.items():
-        found.setdefault(stratum, []).append(group)
+    for (lab, group), label in first.items():
+        found.setdefault((lab, label), []).append(group)
     return found

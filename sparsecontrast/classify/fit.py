@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsecontrast.classify.augment import augment, normalise
 from sparsecontrast.classify.cells import Cells, Split
 from sparsecontrast.classify.settings import FitConfig
+from sparsecontrast.errors import MethodError
 from sparsecontrast.methods.sparse_attn_net import Labelled, SparseAttnNet
 from sparsecontrast.methods.word_budget import WordBudget
 
@@ -55,6 +56,9 @@ def fit(
         config: of training.
         seed: of batches, augmentation and exploration.
         tick: called once an epoch, with its figures in words.
+
+    Raises:
+        MethodError: a loss is no longer finite; the network is then good for nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = build_optimizer(network, config)
@@ -68,12 +72,13 @@ def fit(
         for chosen in order.split(config.batch_size):
             set_rate(optimizer, config, step, steps)
             images = normalise(augment(cells.images[chosen], config.colour, generator))
-            losses.append(train_step(network, optimizer, Labelled(images, cells.labels[chosen], generator)))
+            batch = Labelled(images, cells.labels[chosen], generator)
+            losses.append(_finite(train_step(network, optimizer, batch), "loss", epoch))
             step += 1
             _follow(average, network, min(config.ema, step / (step + WARM_EMA)))
         row = {"epoch": epoch, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
         row |= held_out(average, cells, split.val)
-        best.see(average, epoch, row["held_out_loss"])
+        best.see(average, epoch, _finite(row["held_out_loss"], "held-out loss", epoch))
         row |= _adapt(budget, [network, average], row["held_out_loss"])
         rows.append(row)
         tick(f"epoch {epoch}, held-out loss {row['held_out_loss']:.3f}")
@@ -81,6 +86,12 @@ def fit(
             break
     best.restore(network)
     return Fitted(best.epoch, rows, time.process_time() - started)
+
+
+def _finite(loss: float, name: str, epoch: int) -> float:
+    if not math.isfinite(loss):
+        raise MethodError(f"classify: the {name} is {loss} in epoch {epoch}; lower train.lr")
+    return loss
 
 
 def logits(network: Any, images: Tensor) -> Tensor:
@@ -113,8 +124,7 @@ class _Best:
             self.k = network.k if isinstance(network, SparseAttnNet) else None
 
     def restore(self, network: nn.Module) -> None:
-        if self.state:  # none where every loss was not a number
-            network.load_state_dict(self.state)
+        network.load_state_dict(self.state)
         if isinstance(network, SparseAttnNet) and self.k is not None:
             network.k = self.k
         network.eval()

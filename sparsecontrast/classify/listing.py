@@ -1,5 +1,6 @@
 """Which pictures a lab has, before any is opened: path, label, lab and group of each."""
 
+import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ def find_pictures(config: CellsConfig) -> tuple[Path, pd.DataFrame]:
 
     Raises:
         MissingDataError: no root, or no such folder or table.
-        IndexSchemaError: a column that is not there, or no table.
+        IndexSchemaError: a column that is not there, or no table at all.
     """
     if config.root is None:
         raise MissingDataError("cells.root: not set; give the folder of the pictures, cells.root=FOLDER")
@@ -32,10 +33,7 @@ def _from_index(config: CellsConfig, root: Path) -> pd.DataFrame:
     path = root / str(config.index)
     if not path.is_file():
         raise MissingDataError(f"{path}: no such table; see cells.index, or cells.layout=folders")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except ValueError as error:
-        raise IndexSchemaError(f"{path}: not a table in UTF-8: {error}") from error
+    table = _read_table(path)
     columns = {"path": config.path, "label": config.label, "lab": config.lab, "group": config.group}
     absent = [f"cells.{key}={name}" for key, name in columns.items() if name not in table]
     if absent:
@@ -45,6 +43,27 @@ def _from_index(config: CellsConfig, root: Path) -> pd.DataFrame:
     found = pd.DataFrame({key: table[name] for key, name in columns.items()})
     found["group"] = found["group"].where(found["group"] != "", found["path"])
     return found
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read every field as text; pandas would fill a row that is too short and move one that is too long."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file, strict=True) if line]
+    except OSError as error:
+        raise MissingDataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise IndexSchemaError(f"{path}: not a table in UTF-8 with commas: {error}") from error
+    if not lines:
+        raise IndexSchemaError(f"{path}: empty; its first line must name the columns")
+    for number, line in enumerate(lines[1:], 1):
+        if len(line) != len(lines[0]):
+            raise IndexSchemaError(
+                f"{path}: row {number} below the header has {len(line)} fields, the header {len(lines[0])}; "
+                "write an empty field between commas, and a comma within quotes"
+            )
+    table = pd.DataFrame(lines[1:], columns=lines[0], dtype=str)
+    return table.loc[:, ~table.columns.duplicated()]
 
 
 def _from_folders(config: CellsConfig, root: Path) -> pd.DataFrame:

@@ -17,7 +17,8 @@ from sparsecontrast.classify.cells import Cells
 from sparsecontrast.methods.sparse_attn_net import SparseAttnNet
 
 SIDE = 160  # pixels of one panel
-DIM = 0.32  # brightness of what was not read
+GROUND, RANGE = 70, 75  # grey levels of what was not read: darker than the outline, lighter than a nucleus
+EDGE = (255, 255, 255)  # round each square, outside it: no pixel that was read is hidden
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,22 @@ def _large(image: np.ndarray) -> np.ndarray:
 
 
 def _read(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Show the pixels that were read as they are; the rest is grey and dark."""
+    """Show the pixels that were read as they are, outlined; the rest is grey and dim."""
     from PIL import Image
 
     big = np.asarray(Image.fromarray(mask).resize((SIDE, SIDE), Image.Resampling.NEAREST))
     sharp = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.NEAREST))
     grey = np.asarray(Image.fromarray(_large(image)).convert("L"), dtype=np.float32)[..., None]
-    return np.where(big[..., None], sharp, (DIM * grey).repeat(3, axis=2)).astype(np.uint8)
+    drawn = np.where(big[..., None], sharp, (GROUND + RANGE * grey / 255).repeat(3, axis=2))
+    drawn[_grown(big) & ~big] = EDGE
+    return drawn.astype(np.uint8)
+
+
+def _grown(mask: np.ndarray) -> np.ndarray:
+    """Add to a mask [H, W] the pixels that touch it, corners too."""
+    height, width = mask.shape
+    wide = np.pad(mask, 1)
+    return np.any([wide[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
 
 
 def _heat(image: np.ndarray, coarse: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@
 ``model.json`` comes last: a folder without it holds no trained network.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,6 +44,7 @@ def train(config: ClassifyConfig, show: bool = True) -> Path:
 
     Raises:
         ConfigError: ``output_dir`` already holds a run.
+        MethodError: the training diverged; nothing is left in the folder.
         DataError: the pictures cannot be used as asked.
         StorageError: the folder cannot be written.
     """
@@ -56,9 +58,14 @@ def train(config: ClassifyConfig, show: bool = True) -> Path:
     config = dataclasses.replace(config, output_dir=str(folder))
     text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
-    with progress("Training", config.train.epochs, show) as tick:
-        done = fit(network, cells, split, config.train, config.seed, tick)
-    write_bytes(folder / METRICS, "".join(json.dumps(row) + "\n" for row in done.rows).encode())
+    try:
+        with progress("Training", config.train.epochs, show) as tick:
+            done = fit(network, cells, split, config.train, config.seed, tick)
+    except BaseException:  # an interrupt too: a folder with a configuration alone would be taken for a run
+        _take_back(folder)
+        raise
+    lines = (json.dumps(row, allow_nan=False) + "\n" for row in done.rows)
+    write_bytes(folder / METRICS, "".join(lines).encode())
     facts = {
         "classes": list(cells.classes), "k": network.k, "ceiling": network.ceiling, "epoch": done.epoch,
         "seconds": round(done.seconds, 2), "images": {n: len(r) for n, r in vars(split).items()},
@@ -66,6 +73,13 @@ def train(config: ClassifyConfig, show: bool = True) -> Path:
     }  # fmt: skip
     write_bytes(folder / MODEL, json.dumps(facts, indent=1).encode())
     return folder
+
+
+def _take_back(folder: Path) -> None:
+    """Remove what ``train`` wrote before it trained; the folder goes if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        (folder / CONFIG).unlink()
+        folder.rmdir()
 
 
 def build(config: ClassifyConfig, cells: Cells, split: Split) -> SparseAttnNet:
@@ -148,15 +162,13 @@ def judge(
     cells: Cells, rows: np.ndarray, said: np.ndarray, replicates: int, seed: int
 ) -> list[dict[str, Any]]:
     """Score rows [N] of ``cells`` by what was said of them [N]: all labs together, then each."""
-    labels, count = cells.labels.numpy()[rows], len(cells.classes)
+    labels, groups, count = cells.labels.numpy()[rows], cells.own_groups()[rows], len(cells.classes)
     found = []
     for lab in ("all", *sorted(set(cells.labs[rows]))):
         of = np.flatnonzero((cells.labs[rows] == lab) | (lab == "all"))
         entry: dict[str, Any] = {"lab": lab, "images": len(of)}
         for name, score in (("accuracy", scores.accuracy), ("macro_f1", scores.macro_f1)):
-            one = scores.bootstrap(
-                score, labels[of], said[of], cells.groups[rows][of], count, replicates, seed
-            )
+            one = scores.bootstrap(score, labels[of], said[of], groups[of], count, replicates, seed)
             entry[name] = vars(one)
         entry["confusion"] = scores.confusion(labels[of], said[of], count).tolist()
         found.append(entry)

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparsecontrast.errors import MethodError
+
 
 @dataclass
 class WordBudget:
@@ -49,7 +51,13 @@ class WordBudget:
         self.k = self.ceiling
 
     def observe(self, loss: float) -> int:
-        """Take the held-out loss of an epoch; returns the k of the next."""
+        """Take the held-out loss of an epoch; returns the k of the next.
+
+        Raises:
+            MethodError: it is not finite, and says nothing of k; the record is as it was.
+        """
+        if not math.isfinite(loss):
+            raise MethodError(f"the held-out loss is {loss}; lower train.lr")
         kept = self.smoothing if self._smoothed is not None else 0.0
         self._smoothed = kept * (self._smoothed or 0.0) + (1 - kept) * loss
         entry = {"epoch": len(self.trajectory) + 1, "held_out_loss": loss, "smoothed": self._smoothed,
