@@ -1,5 +1,8 @@
 """The denoising benchmark: its cells, its comparison at equal resolution, and its rivals."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 
@@ -114,3 +117,38 @@ def test_smoothers_smooth_and_keep_the_scale(name):
     outside = ~disc(radius=17)
     assert np.log(smooth)[outside].std() < np.log(plain)[outside].std()
     assert smooth[outside].mean() == pytest.approx(plain[outside].mean(), rel=0.25)
+
+
+def measured(monkeypatch, folder, *words):
+    """Run with a stand-in for the measurement, and give the cells that it was asked for."""
+    asked = []
+
+    def measure(scene, cell, config, quick):
+        asked.append(cell)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [{**cell.key(), "method": "compound", "gcnr": 0.5}]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "scene", lambda data, cell: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        bench.main(["--data", str(folder), "--json", str(folder / "out.json"), *words])
+    return asked
+
+
+def test_a_killed_run_goes_on_where_it_was(folder, monkeypatch):
+    first = measured(monkeypatch, folder, "--quick")
+    assert json.loads((folder / "out.json.partial").read_text())["command"].endswith("--quick")
+    again = measured(monkeypatch, folder, "--quick")
+    assert again == first[1:]  # the first cell is not measured twice
+    assert len(json.loads((folder / "out.json").read_text())["rows"]) == 2
+    assert not (folder / "out.json.partial").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(["--quick"], []), ([], ["--phantoms", "1"])])
+def test_rows_of_another_command_are_not_taken_over(folder, monkeypatch, before, after):
+    measured(monkeypatch, folder, *before)
+    kept = (folder / "out.json.partial").read_bytes()
+    with pytest.raises(ValueError, match="kept by 'python -m benchmarks.denoise"):
+        measured(monkeypatch, folder, *after)
+    assert (folder / "out.json.partial").read_bytes() == kept
