@@ -20,10 +20,11 @@ from sparsecontrast.charts import Line, line_chart
 from sparsecontrast.config import compose_method
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import EvaluationError
-from sparsecontrast.methods.a2a import A2AConfig, Denoised, denoise
+from sparsecontrast.methods.a2a import A2AConfig, Denoised, denoise, in_unit
 from sparsecontrast.structure import build
 from sparsecontrast.ultrasound.acquisition import Acquisition, Geometry, read_acquisition
 from sparsecontrast.ultrasound.beamform import sub_apertures
+from sparsecontrast.ultrasound.looks import to_safe_range
 from sparsecontrast.ultrasound.metrics import bias_db, cnr, gcnr, regions, speckle_snr
 from sparsecontrast.ultrasound.us_dicom import write_us_dicom
 
@@ -62,11 +63,13 @@ def denoise_file(
     Raises:
         DataError, MissingDataError: the file is not an acquisition.
         ConfigError: an unknown or impossible setting.
+        MethodError: the training came to nothing finite.
         StorageError: a file cannot be written.
     """
     config: A2AConfig = build(A2AConfig, compose_method("a2a", overrides), "method.")
     acquisition = read_acquisition(path)
     images, x, z = sub_apertures(acquisition)
+    images, unit = to_safe_range(images)  # pictures and ratios are the same in any unit
     start = time.perf_counter()
     found = denoise(images, config, tell)
     seconds = time.perf_counter() - start
@@ -74,10 +77,10 @@ def denoise_file(
     metrics: dict[str, Any] = {
         "apertures": len(images), "height_px": found.image.shape[0], "width_px": found.image.shape[1],
         "steps": found.steps, "seconds": round(seconds, 2), "seed": config.seed,
-        "noise_level": found.noise_level, "only_noise": only_noise(found, images),
+        "noise_level": found.noise_level * unit, "only_noise": only_noise(found, images),
         "regions": region_metrics(found, acquisition.geometry, x, z),
     }  # fmt: skip
-    write_bytes(out / "denoised.npz", _archive(found, x, z))
+    write_bytes(out / "denoised.npz", _archive(in_unit(found, unit), x, z))
     picture = _picture(found.image, _top(found))
     write_bytes(out / "denoised.png", _png(picture))
     if dicom:

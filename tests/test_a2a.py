@@ -10,6 +10,7 @@ from sparsecontrast.errors import ConfigError, DataError, MethodError
 from sparsecontrast.methods import a2a
 from sparsecontrast.methods.a2a import A2AConfig, denoise, look_features, look_likelihood, swap_loss
 from sparsecontrast.models.twin_pyramid import build_twin_pyramid
+from sparsecontrast.ultrasound.looks import to_safe_range
 from sparsecontrast.ultrasound.metrics import bias_db, cnr, gcnr, snr_db, speckle_snr
 from tests.acquisitions import acquisition, disc, field
 
@@ -81,6 +82,32 @@ def test_the_unit_of_the_input_is_the_unit_of_the_output():
     one, four = denoise(images, SHORT), denoise(4 * images, SHORT)
     np.testing.assert_allclose(four.image, 4 * one.image, rtol=1e-4)
     assert four.noise_level == pytest.approx(4 * one.noise_level, rel=1e-5)
+
+
+@pytest.mark.parametrize("power", [-80, -45, 0, 45, 80, 97])
+def test_any_amplitude_gives_the_same_image_in_its_own_unit(power):
+    """A power of two changes no digit: within the safe range, beyond it, and where squares would overflow."""
+    images, _ = acquisition(count=4)
+    one, other = denoise(images, SHORT), denoise((images * 2.0**power).astype(np.complex64), SHORT)
+    for name in ("image", "anatomy", "coherent", "noise"):
+        np.testing.assert_allclose(
+            getattr(other, name) / 2.0**power, getattr(one, name), rtol=1e-4, atol=1e-6
+        )
+    assert other.noise_level / 2.0**power == pytest.approx(one.noise_level, rel=1e-4)
+
+
+def test_usual_amplitudes_are_not_touched():
+    images, _ = acquisition(count=4)
+    for scale in (1e-9, 1.0, 3e4):
+        same = (scale * images).astype(np.complex64)
+        found, unit = to_safe_range(same)
+        assert found is same and unit == 1
+
+
+def test_an_image_that_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(a2a, "noise_map", lambda apertures: np.full(apertures.shape[1:], np.nan))
+    with pytest.raises(MethodError, match="noise is not finite"):
+        denoise(acquisition(count=4)[0], SHORT)
 
 
 def test_speckle_goes_from_the_anatomy_to_the_coherent_image():

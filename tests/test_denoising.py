@@ -95,15 +95,3 @@ def test_the_command_prints_what_it_wrote_and_refuses_in_one_line(written, tmp_p
         assert main(["denoise", *words, "--out", out]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error [{code}]") and told in said and said.count("\n") == 1
-
-
-def test_hdf5_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    import sys
-
-    from sparsecontrast.errors import DataError
-    from sparsecontrast.ultrasound.acquisition import read_acquisition
-
-    (tmp_path / "a.uff").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match="pip install h5py"):
-        read_acquisition(tmp_path / "a.uff")

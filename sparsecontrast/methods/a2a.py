@@ -36,11 +36,19 @@ from torch.nn import functional as F
 
 from sparsecontrast.errors import ConfigError, MethodError
 from sparsecontrast.models.twin_pyramid import TwinPyramid, build_twin_pyramid
-from sparsecontrast.ultrasound.looks import Complex, as_apertures, noise_map, noise_power, to_baseband
+from sparsecontrast.ultrasound.looks import (
+    Complex,
+    as_apertures,
+    noise_map,
+    noise_power,
+    to_baseband,
+    to_safe_range,
+)
 
 Real = NDArray[np.float64]
 SCALES = (1.0, 2.0, 4.0, 8.0)  # pixels: Gaussian windows of the looks' power that the encoders see
 BASE = 1  # index in SCALES of the power that the decoder corrects
+IMAGES = ("image", "anatomy", "coherent", "noise", "compound")  # of ``Denoised``
 TINY = 1e-4  # of the coarsest power: below it a logarithm says nothing
 
 
@@ -79,6 +87,8 @@ class A2AConfig:
             raise ConfigError("method.lr must be above 0, and no weight of a loss below 0")
         if not 0 <= self.speckle <= 1:
             raise ConfigError(f"method.speckle={self.speckle}: must be in [0, 1]")
+        if not -200 <= self.floor_db <= 100:
+            raise ConfigError(f"method.floor_db={self.floor_db}: must be in [-200, 100]")
         if self.crop < 2 ** len(self.anatomy):
             raise ConfigError(f"method.crop={self.crop}: too small for {len(self.anatomy)} levels")
 
@@ -122,10 +132,25 @@ def denoise(
 
     Raises:
         DataError: what is not such an acquisition.
-        MethodError: the training met a loss that is not finite.
+        MethodError: the training met a loss, or ended in an image, that is not finite.
     """
-    config = config or A2AConfig()
-    apertures = as_apertures(images)
+    images, unit = to_safe_range(images)
+    found = _denoise(as_apertures(images), config or A2AConfig(), tell)
+    for name in IMAGES:
+        if not np.isfinite(getattr(found, name)).all():
+            raise MethodError(f"a2a: {name} is not finite; lower method.lr, or look at the file's amplitudes")
+    return in_unit(found, unit)
+
+
+def in_unit(found: Denoised, unit: float) -> Denoised:
+    """Give what was found of images that were divided by ``unit``, in their own unit."""
+    if unit == 1:
+        return found
+    names = (*IMAGES, "noise_level", "floor")
+    return replace(found, **{name: getattr(found, name) * unit for name in names})
+
+
+def _denoise(apertures: Complex, config: A2AConfig, tell: Callable[[int, int], None] | None) -> Denoised:
     compound = apertures.mean(0)
     unit = float(np.sqrt((np.abs(compound) ** 2).mean()))
     looks = torch.from_numpy(to_baseband(apertures) / np.float32(unit))
