@@ -145,8 +145,10 @@ def noise_power(apertures: Complex) -> float:
     image is quietest, unless it is evenly loud and next to nothing is shared anywhere. Apertures must stand
     in the order of their positions. Two apertures know no r(2): then r(0) - r(1).
 
+    Side lobes and decorrelated echoes that reach into the quiet places count as noise, so it is too high.
+
     Returns:
-        mean |noise|^2 of one aperture, at least 0, and at most the mean power.
+        mean |not shared|^2 of one aperture, at least 0, and at most the mean power.
     """
     everywhere, power = _nugget(apertures), float((np.abs(apertures) ** 2).mean())
     local = gaussian_filter((np.abs(apertures) ** 2).mean(0).astype(np.float64), QUIET_WINDOW)
