@@ -62,6 +62,11 @@ def test_pure_noise_gives_no_structure(count):
     assert np.median(found.anatomy) < 0.5 * found.noise_level
     assert np.quantile(found.anatomy, 0.99) < found.noise_level
     assert abs(found.anatomy[inside].mean() - found.anatomy[outside].mean()) < 0.1 * compound.mean()
+    # and so is the image that is shown, which keeps a share of the speckle
+    assert np.median(found.image) < 0.3 * found.noise_level
+    assert np.sqrt((found.image**2).mean()) < 0.5 * found.noise_level
+    assert abs(found.image[inside].mean() - found.image[outside].mean()) < 0.1 * compound.mean()
+    assert gcnr(found.image[inside], found.image[outside]) < 0.3
 
 
 def test_same_seed_same_bits_and_no_global_generator_is_touched():
@@ -218,6 +223,33 @@ def test_training_ends_when_the_held_out_aperture_stops_gaining(monkeypatch):
     assert trained.steps == 5
     for name, value in trained.network.state_dict().items():
         assert torch.equal(value, states[1][name])
+
+
+def test_the_held_out_score_is_least_where_the_power_is_right(monkeypatch):
+    """-2 log likelihood of the aperture: log p + |x|^2 / p at the factor of p that makes it likeliest."""
+    generator = torch.Generator().manual_seed(4)
+    power = torch.where(torch.from_numpy(disc()), 0.1, 2.0)
+    held = torch.randn(64, 64, dtype=torch.complex64, generator=generator) * power.sqrt()
+    scores = {}
+    for name, foretold in (("right", power), ("flat", torch.ones(64, 64)), ("turned", 1 / power)):
+        monkeypatch.setattr(a2a, "anatomy_power", lambda network, looks, phases, told=foretold: told)
+        scores[name] = a2a._held_out_score(network(), held[None], held)
+        # the factor of a foretold power does not count
+        monkeypatch.setattr(a2a, "anatomy_power", lambda network, looks, phases, told=7 * foretold: told)
+        assert a2a._held_out_score(network(), held[None], held) == pytest.approx(scores[name], abs=1e-4)
+    assert scores["right"] < scores["flat"] - 0.1 < scores["turned"] - 0.2
+    factor = float((held.abs() ** 2 / power).mean())
+    expected = float(torch.log(power * factor).mean()) + 1.0
+    assert scores["right"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_step_whose_weights_are_kept_is_told(monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 1.5, 1.2, 0.0])
+    monkeypatch.setattr(a2a, "_held_out_score", lambda net, kept, held: next(scores))
+    found = denoise(acquisition(count=4)[0], a2a.with_changes(SHORT, [("steps", 40), ("patience", 3)]))
+    assert (found.steps, found.kept_step) == (5, 2)
+    two = denoise(acquisition(count=2)[0], SHORT)
+    assert two.kept_step == two.steps == SHORT.steps
 
 
 def test_with_two_apertures_all_steps_are_trained():

@@ -1,6 +1,7 @@
 """The denoising benchmark: its cells, its comparison at equal resolution, and its rivals."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from benchmarks.denoisers import coherence_factor, compound, has, noise2noise, s
 from sparsecontrast.errors import MissingDataError
 from sparsecontrast.methods.a2a import A2AConfig
 from sparsecontrast.ultrasound.simulate import SMALL, inclusion_phantom
-from tests.acquisitions import acquisition, disc
+from tests.acquisitions import acquisition, disc, field
 from tests.test_beamform import meta
 
 FEW = A2AConfig(steps=40, lr=0.01, anatomy=(6, 8), noise=(4, 4), crop=48, phases=1)
@@ -106,6 +107,14 @@ def test_noise2noise_learns_and_repeats():
     outside = ~disc(radius=17)
     assert np.log(found)[outside].std() < 0.7 * np.log(compound(images))[outside].std()
     assert np.corrcoef(np.log(found).ravel(), level.ravel())[0, 1] > 0.3
+
+
+def test_noise2noise_learns_from_the_other_half_and_not_to_copy_its_own():
+    rng = np.random.default_rng(3)
+    noise = np.stack([field(rng, (64, 64), 0.6) for _ in range(4)]).astype(np.complex64)
+    found = noise2noise(noise, dataclasses.replace(FEW, steps=80, crop=64))
+    # the halves share nothing, so nothing can be foretold: the image is flat
+    assert np.log(found).std() < 0.15 * np.log(compound(noise)).std()
 
 
 @pytest.mark.parametrize("name", ["nlm", "bm3d"])
