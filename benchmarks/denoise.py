@@ -15,12 +15,11 @@ resolution. Each row is one image by one method:
 ``nlm`` and ``bm3d`` smooth the log-image at several strengths. At equal resolution each is judged by its
 best gCNR among the strengths whose FWHM is at most 1.05 of A2A's in both directions, chosen with the truth
 in hand. ``noise_alone`` rows: pure noise in; gcnr is what looks like a lesion, left_db the power that is
-left. Intervals are 95 % bootstrap over phantoms. A killed run continues when the command is given again.
+left. Intervals are 95 % bootstrap over phantoms. A killed run continues when the same command is given again.
 """
 
 import argparse
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.denoisers import STRENGTHS, coherence_factor, compound, has, noise2noise, smoother
-from benchmarks.record import print_table, write_result
+from benchmarks.record import kept_rows, print_table, write_result
 from sparsecontrast.errors import MissingDataError
 from sparsecontrast.methods.a2a import A2AConfig, denoise
 from sparsecontrast.ultrasound import metrics
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = "python -m benchmarks.denoise" + (" --quick" if args.quick else "")
     command += "" if args.phantoms is None else f" --phantoms {args.phantoms}"
     kept = None if args.json is None else args.json.with_name(args.json.name + ".partial")
-    rows: list[Row] = json.loads(kept.read_text())["rows"] if kept is not None and kept.exists() else []
+    rows = [] if kept is None else kept_rows(kept, command)
     config = A2AConfig(steps=20) if args.quick else A2AConfig()
     for cell in cells(args.data, 1 if args.quick else args.phantoms, args.quick):
         if any(all(row[name] == value for name, value in cell.key().items()) for row in rows):

@@ -47,6 +47,26 @@ def write_result(name: str, command: str, rows: Sequence[Row], path: Path | str)
     part.replace(path)
 
 
+def kept_rows(path: Path, command: str) -> list[dict[str, Any]]:
+    """Read what a killed run of the same command had measured, as ``write_result`` kept it.
+
+    Args:
+        path: of the JSON file; where there is none, nothing was kept.
+        command: of this run.
+
+    Raises:
+        ValueError: the rows are those of another command, say of a ``--quick`` one.
+    """
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    if kept["command"] != command:
+        raise ValueError(
+            f"{path}: kept by {kept['command']!r}, not {command!r}; remove it, or name another file"
+        )
+    return list(kept["rows"])
+
+
 def print_table(title: str, rows: Sequence[Row]) -> None:
     """Print rows as a table: floats with three significant digits, columns in order of appearance."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -20,17 +20,24 @@ from sparsecontrast.charts import Line, line_chart
 from sparsecontrast.config import compose_method
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import EvaluationError
-from sparsecontrast.methods.a2a import A2AConfig, Denoised, denoise
+from sparsecontrast.methods.a2a import A2AConfig, denoise
+from sparsecontrast.scan_figure import TALL, Bar, picture_width, scan_figure
 from sparsecontrast.structure import build
 from sparsecontrast.ultrasound.acquisition import Acquisition, Geometry, read_acquisition
 from sparsecontrast.ultrasound.beamform import sub_apertures
+from sparsecontrast.ultrasound.denoised import Denoised, in_unit
+from sparsecontrast.ultrasound.looks import to_safe_range
 from sparsecontrast.ultrasound.metrics import bias_db, cnr, gcnr, regions, speckle_snr
 from sparsecontrast.ultrasound.us_dicom import write_us_dicom
 
 TEMPLATE = "denoise_report.html.j2"
 SHOWN_DB = 55.0  # dynamic range of pictures
 BARE_SHARE = 0.97  # of the power of single apertures: with as much noise there is nothing to be seen
-TALL = 420  # pixels of a picture in the report
+NOISE_DB = 30.0  # dynamic range of the noise map, below its own maximum
+NOISE_TOLD = (
+    "what the apertures do not share, in the unit of the compound: noise, but also side lobes and "
+    "decorrelated echoes; where there is little noise, several times its standard deviation"
+)
 
 
 @dataclass(frozen=True)
@@ -62,22 +69,25 @@ def denoise_file(
     Raises:
         DataError, MissingDataError: the file is not an acquisition.
         ConfigError: an unknown or impossible setting.
+        MethodError: the training came to nothing finite.
         StorageError: a file cannot be written.
     """
     config: A2AConfig = build(A2AConfig, compose_method("a2a", overrides), "method.")
     acquisition = read_acquisition(path)
     images, x, z = sub_apertures(acquisition)
+    images, unit = to_safe_range(images)  # pictures and ratios are the same in any unit
     start = time.perf_counter()
     found = denoise(images, config, tell)
     seconds = time.perf_counter() - start
     field = _field(found, x, z)
     metrics: dict[str, Any] = {
         "apertures": len(images), "height_px": found.image.shape[0], "width_px": found.image.shape[1],
-        "steps": found.steps, "seconds": round(seconds, 2), "seed": config.seed,
-        "noise_level": found.noise_level, "only_noise": only_noise(found, images),
+        "steps": found.steps, "weights_of_step": found.kept_step, "seconds": round(seconds, 2),
+        "seed": config.seed, "noise_level": found.noise_level * unit, "noise_level_is": NOISE_TOLD,
+        "only_noise": only_noise(found, images),
         "regions": region_metrics(found, acquisition.geometry, x, z),
     }  # fmt: skip
-    write_bytes(out / "denoised.npz", _archive(found, x, z))
+    write_bytes(out / "denoised.npz", _archive(in_unit(found, unit), x, z))
     picture = _picture(found.image, _top(found))
     write_bytes(out / "denoised.png", _png(picture))
     if dicom:
@@ -147,12 +157,20 @@ def _picture(image: NDArray, top: float) -> NDArray[np.uint8]:
     return (np.clip(level / SHOWN_DB + 1, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _png(picture: NDArray[np.uint8], width_to_height: float | None = None) -> bytes:
+def _noise_picture(noise: NDArray, top: float) -> tuple[NDArray[np.uint8], Bar]:
+    """Give the noise map in dB of the other pictures' white, and the scale of its greys."""
+    level = 20 * np.log10(np.maximum(noise, 1e-30) / top)
+    white = float(level.max())
+    shown = np.clip((level - white) / NOISE_DB + 1, 0, 1)
+    return (255 * shown).round().astype(np.uint8), Bar(white - NOISE_DB, white, "dB")
+
+
+def _png(picture: NDArray[np.uint8], size: tuple[int, int] | None = None) -> bytes:
     from PIL import Image
 
     drawn = Image.fromarray(picture)
-    if width_to_height is not None:
-        drawn = drawn.resize((max(1, round(TALL * width_to_height)), TALL), Image.Resampling.BILINEAR)
+    if size is not None:
+        drawn = drawn.resize(size, Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     drawn.save(buffer, "PNG")
     return buffer.getvalue()
@@ -164,22 +182,28 @@ def _page(
 ) -> str:  # fmt: skip
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    shape = float(np.ptp(field.x)) / float(np.ptp(field.z))
+    x, z = ([float(axis[0]), float(axis[-1])] for axis in (field.x, field.z))
+    size = round(picture_width(x, z)), round(TALL)
     top = _top(found)
-    noise = np.clip(found.noise / max(float(found.noise.max()), 1e-30), 0, 1)
-    pictures = [
-        ("before: compound", _picture(np.abs(found.compound), top)),
-        ("after: A2A", _picture(found.image, top)),
-        ("anatomy", _picture(found.anatomy, top)), ("coherent", _picture(np.abs(found.coherent), top)),
-        ("noise map", (noise * 255).astype(np.uint8)),
+    noise, scale = _noise_picture(found.noise, top)
+    level = Bar(-SHOWN_DB, 0.0, "dB")
+    shown = [
+        ("before: compound", _picture(np.abs(found.compound), top), level),
+        ("after: A2A", _picture(found.image, top), level), ("anatomy", _picture(found.anatomy, top), level),
+        ("coherent", _picture(np.abs(found.coherent), top), level),
+        ("noise map: what the apertures do not share", noise, scale),
     ]  # fmt: skip
+    pictures = [
+        (told, scan_figure(_uri(_png(picture, size)), x, z, field.unit, told, bar))
+        for told, picture, bar in shown
+    ]
     page = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     ).get_template(TEMPLATE)  # fmt: skip
     return page.render(
         name=name, metrics=metrics, config=config, field=field, decibels=SHOWN_DB,
-        pictures=[(told, _uri(_png(picture, shape))) for told, picture in pictures],
+        pictures=pictures,
         profiles=_profiles(found, field, acquisition.geometry),
         training=_training(found),
     )  # fmt: skip

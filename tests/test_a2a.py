@@ -10,6 +10,7 @@ from sparsecontrast.errors import ConfigError, DataError, MethodError
 from sparsecontrast.methods import a2a
 from sparsecontrast.methods.a2a import A2AConfig, denoise, look_features, look_likelihood, swap_loss
 from sparsecontrast.models.twin_pyramid import build_twin_pyramid
+from sparsecontrast.ultrasound.looks import to_safe_range
 from sparsecontrast.ultrasound.metrics import bias_db, cnr, gcnr, snr_db, speckle_snr
 from tests.acquisitions import acquisition, disc, field
 
@@ -61,6 +62,11 @@ def test_pure_noise_gives_no_structure(count):
     assert np.median(found.anatomy) < 0.5 * found.noise_level
     assert np.quantile(found.anatomy, 0.99) < found.noise_level
     assert abs(found.anatomy[inside].mean() - found.anatomy[outside].mean()) < 0.1 * compound.mean()
+    # and so is the image that is shown, which keeps a share of the speckle
+    assert np.median(found.image) < 0.3 * found.noise_level
+    assert np.sqrt((found.image**2).mean()) < 0.5 * found.noise_level
+    assert abs(found.image[inside].mean() - found.image[outside].mean()) < 0.1 * compound.mean()
+    assert gcnr(found.image[inside], found.image[outside]) < 0.3
 
 
 def test_same_seed_same_bits_and_no_global_generator_is_touched():
@@ -81,6 +87,32 @@ def test_the_unit_of_the_input_is_the_unit_of_the_output():
     one, four = denoise(images, SHORT), denoise(4 * images, SHORT)
     np.testing.assert_allclose(four.image, 4 * one.image, rtol=1e-4)
     assert four.noise_level == pytest.approx(4 * one.noise_level, rel=1e-5)
+
+
+@pytest.mark.parametrize("power", [-80, -45, 0, 45, 80, 97])
+def test_any_amplitude_gives_the_same_image_in_its_own_unit(power):
+    """A power of two changes no digit: within the safe range, beyond it, and where squares would overflow."""
+    images, _ = acquisition(count=4)
+    one, other = denoise(images, SHORT), denoise((images * 2.0**power).astype(np.complex64), SHORT)
+    for name in ("image", "anatomy", "coherent", "noise"):
+        np.testing.assert_allclose(
+            getattr(other, name) / 2.0**power, getattr(one, name), rtol=1e-4, atol=1e-6
+        )
+    assert other.noise_level / 2.0**power == pytest.approx(one.noise_level, rel=1e-4)
+
+
+def test_usual_amplitudes_are_not_touched():
+    images, _ = acquisition(count=4)
+    for scale in (1e-9, 1.0, 3e4):
+        same = (scale * images).astype(np.complex64)
+        found, unit = to_safe_range(same)
+        assert found is same and unit == 1
+
+
+def test_an_image_that_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(a2a, "noise_map", lambda apertures: np.full(apertures.shape[1:], np.nan))
+    with pytest.raises(MethodError, match="noise is not finite"):
+        denoise(acquisition(count=4)[0], SHORT)
 
 
 def test_speckle_goes_from_the_anatomy_to_the_coherent_image():
@@ -191,6 +223,33 @@ def test_training_ends_when_the_held_out_aperture_stops_gaining(monkeypatch):
     assert trained.steps == 5
     for name, value in trained.network.state_dict().items():
         assert torch.equal(value, states[1][name])
+
+
+def test_the_held_out_score_is_least_where_the_power_is_right(monkeypatch):
+    """-2 log likelihood of the aperture: log p + |x|^2 / p at the factor of p that makes it likeliest."""
+    generator = torch.Generator().manual_seed(4)
+    power = torch.where(torch.from_numpy(disc()), 0.1, 2.0)
+    held = torch.randn(64, 64, dtype=torch.complex64, generator=generator) * power.sqrt()
+    scores = {}
+    for name, foretold in (("right", power), ("flat", torch.ones(64, 64)), ("turned", 1 / power)):
+        monkeypatch.setattr(a2a, "anatomy_power", lambda network, looks, phases, told=foretold: told)
+        scores[name] = a2a._held_out_score(network(), held[None], held)
+        # the factor of a foretold power does not count
+        monkeypatch.setattr(a2a, "anatomy_power", lambda network, looks, phases, told=7 * foretold: told)
+        assert a2a._held_out_score(network(), held[None], held) == pytest.approx(scores[name], abs=1e-4)
+    assert scores["right"] < scores["flat"] - 0.1 < scores["turned"] - 0.2
+    factor = float((held.abs() ** 2 / power).mean())
+    expected = float(torch.log(power * factor).mean()) + 1.0
+    assert scores["right"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_step_whose_weights_are_kept_is_told(monkeypatch):
+    scores = iter([3.0, 1.0, 2.0, 1.5, 1.2, 0.0])
+    monkeypatch.setattr(a2a, "_held_out_score", lambda net, kept, held: next(scores))
+    found = denoise(acquisition(count=4)[0], a2a.with_changes(SHORT, [("steps", 40), ("patience", 3)]))
+    assert (found.steps, found.kept_step) == (5, 2)
+    two = denoise(acquisition(count=2)[0], SHORT)
+    assert two.kept_step == two.steps == SHORT.steps
 
 
 def test_with_two_apertures_all_steps_are_trained():

@@ -107,7 +107,7 @@ def test_channel_data_and_images_are_read_as_they_were_written(tmp_path):
     np.testing.assert_allclose(found.channels, channels, atol=scale)
     assert found.geometry.inclusion == (0.0, 9e-3, 1e-3)
     images = np.zeros((2, 20, 30), np.complex64)
-    np.savez(tmp_path / "images.npz", images=images, x=np.arange(30.0), z=np.arange(20.0))
+    np.savez(tmp_path / "images.npz", images=images, x=1e-4 * np.arange(30), z=1e-4 * np.arange(20))
     read = read_acquisition(tmp_path / "images.npz")
     assert read.images is not None and read.x is not None
     assert read.images.shape == (2, 20, 30)

@@ -1,5 +1,9 @@
 """The denoising benchmark: its cells, its comparison at equal resolution, and its rivals."""
 
+import contextlib
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -8,7 +12,7 @@ from benchmarks.denoisers import coherence_factor, compound, has, noise2noise, s
 from sparsecontrast.errors import MissingDataError
 from sparsecontrast.methods.a2a import A2AConfig
 from sparsecontrast.ultrasound.simulate import SMALL, inclusion_phantom
-from tests.acquisitions import acquisition, disc
+from tests.acquisitions import acquisition, disc, field
 from tests.test_beamform import meta
 
 FEW = A2AConfig(steps=40, lr=0.01, anatomy=(6, 8), noise=(4, 4), crop=48, phases=1)
@@ -105,6 +109,14 @@ def test_noise2noise_learns_and_repeats():
     assert np.corrcoef(np.log(found).ravel(), level.ravel())[0, 1] > 0.3
 
 
+def test_noise2noise_learns_from_the_other_half_and_not_to_copy_its_own():
+    rng = np.random.default_rng(3)
+    noise = np.stack([field(rng, (64, 64), 0.6) for _ in range(4)]).astype(np.complex64)
+    found = noise2noise(noise, dataclasses.replace(FEW, steps=80, crop=64))
+    # the halves share nothing, so nothing can be foretold: the image is flat
+    assert np.log(found).std() < 0.15 * np.log(compound(noise)).std()
+
+
 @pytest.mark.parametrize("name", ["nlm", "bm3d"])
 def test_smoothers_smooth_and_keep_the_scale(name):
     if not has(name):
@@ -114,3 +126,38 @@ def test_smoothers_smooth_and_keep_the_scale(name):
     outside = ~disc(radius=17)
     assert np.log(smooth)[outside].std() < np.log(plain)[outside].std()
     assert smooth[outside].mean() == pytest.approx(plain[outside].mean(), rel=0.25)
+
+
+def measured(monkeypatch, folder, *words):
+    """Run with a stand-in for the measurement, and give the cells that it was asked for."""
+    asked = []
+
+    def measure(scene, cell, config, quick):
+        asked.append(cell)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return [{**cell.key(), "method": "compound", "gcnr": 0.5}]
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "scene", lambda data, cell: None)
+    with contextlib.suppress(KeyboardInterrupt):
+        bench.main(["--data", str(folder), "--json", str(folder / "out.json"), *words])
+    return asked
+
+
+def test_a_killed_run_goes_on_where_it_was(folder, monkeypatch):
+    first = measured(monkeypatch, folder, "--quick")
+    assert json.loads((folder / "out.json.partial").read_text())["command"].endswith("--quick")
+    again = measured(monkeypatch, folder, "--quick")
+    assert again == first[1:]  # the first cell is not measured twice
+    assert len(json.loads((folder / "out.json").read_text())["rows"]) == 2
+    assert not (folder / "out.json.partial").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(["--quick"], []), ([], ["--phantoms", "1"])])
+def test_rows_of_another_command_are_not_taken_over(folder, monkeypatch, before, after):
+    measured(monkeypatch, folder, *before)
+    kept = (folder / "out.json.partial").read_bytes()
+    with pytest.raises(ValueError, match="kept by 'python -m benchmarks.denoise"):
+        measured(monkeypatch, folder, *after)
+    assert (folder / "out.json.partial").read_bytes() == kept

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from sparsecontrast.cli import main
-from sparsecontrast.denoising import denoise_file, only_noise
+from sparsecontrast.denoising import _noise_picture, denoise_file, only_noise
+from sparsecontrast.methods import a2a
 from sparsecontrast.methods.a2a import A2AConfig, denoise
+from sparsecontrast.scan_figure import TALL, Bar, scan_figure, ticks
 from sparsecontrast.ultrasound.beamform import grid
 from sparsecontrast.ultrasound.metrics import gcnr, regions
 from sparsecontrast.ultrasound.simulate import SMALL, add_noise, inclusion_phantom
@@ -58,10 +60,48 @@ def test_the_page_stands_alone_and_tells_the_metrics(written):
     page = (folder / "out" / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "<script" not in page
     assert page.count("data:image/png;base64,") == 5
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 8
+    assert page.count("lateral, mm") == page.count("depth, mm") == 5
+    assert "Research, not a medical device" in page and "may be erased" in page
+    assert "2 steps trained, 0." in page and metrics["noise_level_is"].split(";")[1] in page
     assert str(folder) not in page
     for row in metrics["regions"]:
         assert f"{row['gcnr']:.3f}" in page
+
+
+def test_the_page_says_which_step_the_weights_are_of(tmp_path, monkeypatch):
+    scores = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(a2a, "_held_out_score", lambda net, kept, held: next(scores))
+    np.savez(tmp_path / "a.npz", images=acquisition(count=4)[0])
+    some = ["method.steps=3", *FEW[1:], "method.check_every=1"]
+    metrics = denoise_file(tmp_path / "a.npz", tmp_path / "out", some)
+    assert (metrics["steps"], metrics["weights_of_step"]) == (3, 1)
+    assert (
+        "3 steps trained, the weights shown are those of step 1"
+        in (tmp_path / "out" / "report.html").read_text()
+    )
+
+
+def test_the_noise_map_has_a_scale_in_db_of_the_other_pictures_white():
+    noise = np.full((4, 4), 0.01)
+    noise[0, 0] = 0.1
+    picture, bar = _noise_picture(noise, top=10.0)
+    assert (bar.white, bar.black, bar.unit) == (pytest.approx(-40), pytest.approx(-70), "dB")
+    assert picture[0, 0] == 255 and picture[1, 1] == round(255 / 3)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [((0, 40), [0, 10, 20, 30, 40]), ((2.4, -2.4), [-2, -1, 0, 1, 2])]
+)
+def test_ticks_are_round_and_lie_between_the_ends(ends, expected):
+    assert ticks(*ends) == expected
+
+
+def test_a_depth_stands_where_the_axis_says():
+    drawn = scan_figure("data:,", [-10, 10], [10, 50], "mm", "a & b", Bar(-55, 0, "dB"))
+    assert "a &amp; b" in drawn and "-50 dB" in drawn
+    height = float(re.search(r'y="([\d.]+)" class="tick end" >30<', drawn)[1])
+    assert height == pytest.approx(TALL / 2 + 4)
 
 
 def test_images_without_geometry_have_profiles_in_pixels_and_no_contrast(tmp_path):
@@ -95,15 +135,3 @@ def test_the_command_prints_what_it_wrote_and_refuses_in_one_line(written, tmp_p
         assert main(["denoise", *words, "--out", out]) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"error [{code}]") and told in said and said.count("\n") == 1
-
-
-def test_hdf5_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    import sys
-
-    from sparsecontrast.errors import DataError
-    from sparsecontrast.ultrasound.acquisition import read_acquisition
-
-    (tmp_path / "a.uff").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match="pip install h5py"):
-        read_acquisition(tmp_path / "a.uff")

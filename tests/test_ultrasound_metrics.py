@@ -102,6 +102,24 @@ def test_the_noise_floor_is_what_apertures_do_not_share():
     assert noise_power(echoes.astype(np.complex64)) < 0.1
 
 
+def test_side_lobes_of_loud_places_do_not_count_as_noise():
+    """Loud above, where half of the power is one aperture's own; quiet below, where there is noise alone."""
+    rng, count, sigma2 = RNG(9), 6, 0.01
+    shared = field(rng, (96, 96))
+    own = np.stack([shared + field(rng, (96, 96)) for _ in range(count)])
+    own[:, 48:] = 0
+    noise = np.stack([field(rng, (96, 96), 0.5) for _ in range(count)]) * np.sqrt(sigma2)
+    assert noise_power((own + noise).astype(np.complex64)) == pytest.approx(sigma2, rel=0.3)
+
+
+def test_the_noise_map_leaves_out_what_the_apertures_share():
+    rng, count, sigma2 = RNG(10), 6, 0.05
+    shared = field(rng, (96, 96))
+    noise = np.stack([field(rng, (96, 96), 0.5) for _ in range(count)]) * np.sqrt(sigma2)
+    found = noise_map((shared + noise).astype(np.complex64))
+    assert np.sqrt((found**2).mean()) == pytest.approx(np.sqrt(sigma2 / count), rel=0.25)
+
+
 def test_the_noise_map_shows_where_the_noise_is():
     rng = RNG(7)
     noise = np.stack([field(rng, (96, 96), 0.5) for _ in range(6)])

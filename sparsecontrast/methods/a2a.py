@@ -13,8 +13,8 @@ Ours, and why:
   log v + 2 t^2 / v. The mean of v is then right, where an L1 of log-images would be biased by speckle.
 - D(mean a, 0) is itself trained to foretell the whole compound, from a quadrature that it did not see:
   it is the output, and otherwise it would be reached only by extrapolation.
-- The noise floor, known from what apertures do not share, is taken off the power. So pure noise gives a flat
-  image, not a texture.
+- The noise floor, what apertures do not share (side lobes too, so it is set too high rather than too low),
+  is taken off the power. So pure noise gives a flat image, not a texture; and dark tissue may be lost.
 - The anatomy is the prior of a Wiener filter of the compound, which keeps its resolution and its speckle.
   The image shown lies between the two (``speckle``).
 
@@ -36,9 +36,16 @@ from torch.nn import functional as F
 
 from sparsecontrast.errors import ConfigError, MethodError
 from sparsecontrast.models.twin_pyramid import TwinPyramid, build_twin_pyramid
-from sparsecontrast.ultrasound.looks import Complex, as_apertures, noise_map, noise_power, to_baseband
+from sparsecontrast.ultrasound.denoised import IMAGES, Denoised, in_unit
+from sparsecontrast.ultrasound.looks import (
+    Complex,
+    as_apertures,
+    noise_map,
+    noise_power,
+    to_baseband,
+    to_safe_range,
+)
 
-Real = NDArray[np.float64]
 SCALES = (1.0, 2.0, 4.0, 8.0)  # pixels: Gaussian windows of the looks' power that the encoders see
 BASE = 1  # index in SCALES of the power that the decoder corrects
 TINY = 1e-4  # of the coarsest power: below it a logarithm says nothing
@@ -79,35 +86,10 @@ class A2AConfig:
             raise ConfigError("method.lr must be above 0, and no weight of a loss below 0")
         if not 0 <= self.speckle <= 1:
             raise ConfigError(f"method.speckle={self.speckle}: must be in [0, 1]")
+        if not -200 <= self.floor_db <= 100:
+            raise ConfigError(f"method.floor_db={self.floor_db}: must be in [-200, 100]")
         if self.crop < 2 ** len(self.anatomy):
             raise ConfigError(f"method.crop={self.crop}: too small for {len(self.anatomy)} levels")
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """What ``denoise`` gives; amplitudes are in the unit of the compound, all images [H, W].
-
-    Attributes:
-        image: amplitude to look at, anatomy^(1 - speckle) |coherent|^speckle.
-        anatomy: amplitude without speckle and noise; never below the floor.
-        coherent: complex; the compound after a Wiener filter with the anatomy as prior. Keeps speckle.
-        noise: standard deviation of the noise in the compound, local.
-        compound: complex; the mean of the apertures.
-        noise_level: standard deviation of the noise in the compound, over the whole image.
-        floor: amplitude below which nothing is shown.
-        steps: trained; fewer than asked for where the held-out aperture said so.
-        history: (step, loss, likelihood of the held-out aperture or nan), one a check.
-    """
-
-    image: Real
-    anatomy: Real
-    coherent: Complex
-    noise: Real
-    compound: Complex
-    noise_level: float
-    floor: float
-    steps: int
-    history: tuple[tuple[int, float, float], ...]
 
 
 def denoise(
@@ -122,10 +104,17 @@ def denoise(
 
     Raises:
         DataError: what is not such an acquisition.
-        MethodError: the training met a loss that is not finite.
+        MethodError: the training met a loss, or ended in an image, that is not finite.
     """
-    config = config or A2AConfig()
-    apertures = as_apertures(images)
+    images, unit = to_safe_range(images)
+    found = _denoise(as_apertures(images), config or A2AConfig(), tell)
+    for name in IMAGES:
+        if not np.isfinite(getattr(found, name)).all():
+            raise MethodError(f"a2a: {name} is not finite; lower method.lr, or look at the file's amplitudes")
+    return in_unit(found, unit)
+
+
+def _denoise(apertures: Complex, config: A2AConfig, tell: Callable[[int, int], None] | None) -> Denoised:
     compound = apertures.mean(0)
     unit = float(np.sqrt((np.abs(compound) ** 2).mean()))
     looks = torch.from_numpy(to_baseband(apertures) / np.float32(unit))
@@ -148,6 +137,7 @@ def denoise(
         floor=math.sqrt(least),
         steps=trained.steps,
         history=trained.history,
+        kept_step=trained.kept_step,
     )
 
 
@@ -236,6 +226,7 @@ class _Trained:
     network: TwinPyramid
     steps: int
     history: tuple[tuple[int, float, float], ...]
+    kept_step: int
 
 
 def _train(looks: Tensor, config: A2AConfig, tell: Callable[[int, int], None] | None) -> _Trained:
@@ -248,7 +239,7 @@ def _train(looks: Tensor, config: A2AConfig, tell: Callable[[int, int], None] | 
     )
     kept, held = _hold_out(looks)
     best, best_state, since, history, running = math.inf, None, 0, [], 0.0
-    step = 0
+    step = kept_step = 0
     for step in range(1, config.steps + 1):
         seen, hidden = _draw_swap(kept, config.crop, generator)
         loss = swap_loss(network, seen, hidden, config, step % config.noise_every == 0)
@@ -268,7 +259,7 @@ def _train(looks: Tensor, config: A2AConfig, tell: Callable[[int, int], None] | 
                 tell(step, config.steps)
             if held is not None:
                 if score < best:
-                    best, since = score, 0
+                    best, since, kept_step = score, 0, step
                     best_state = {name: value.clone() for name, value in network.state_dict().items()}
                 else:
                     since += 1
@@ -276,7 +267,7 @@ def _train(looks: Tensor, config: A2AConfig, tell: Callable[[int, int], None] | 
                     break
     if best_state is not None:
         network.load_state_dict(best_state)
-    return _Trained(network, step, tuple(history))
+    return _Trained(network, step, tuple(history), kept_step if best_state is not None else step)
 
 
 def _hold_out(looks: Tensor) -> tuple[Tensor, Tensor | None]:

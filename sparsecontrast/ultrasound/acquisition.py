@@ -13,49 +13,18 @@ from numpy.typing import NDArray
 
 from sparsecontrast.durable import write_bytes
 from sparsecontrast.errors import DataError, MissingDataError
+from sparsecontrast.ultrasound.geometry import FAR, Geometry
+from sparsecontrast.ultrasound.looks import LEAST, MOST
 
 HDF5 = (".h5", ".hdf5", ".uff")
+HDF5_NAMES = ("images", "x", "z", "iq", "scale", "meta")
+UFF = (
+    "channel_data",
+    "beamformed_data",
+    "uff.channel_data",
+    "b_data",
+)  # objects of USTB's files at their root
 NEEDED = ("fc", "fs", "pitch", "nel", "tx", "c", "x_extent", "z_extent")
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """A linear array and the field that it looks at; metres, hertz, metres a second.
-
-    Attributes:
-        fc: centre frequency, to which the IQ data were demodulated.
-        fs: sampling frequency of the IQ data; the first sample is at the moment of transmission.
-        pitch: distance of neighbouring elements; the array is centred at x = 0.
-        nel: elements, all of which receive.
-        tx: elements that transmit, one a transmission.
-        c: speed of sound.
-        x_extent: lateral edges of the field.
-        z_extent: axial edges of the field.
-        inclusion: (x, z, radius) of a known round inclusion, for metrics.
-    """
-
-    fc: float
-    fs: float
-    pitch: float
-    nel: int
-    tx: tuple[int, ...]
-    c: float
-    x_extent: tuple[float, float]
-    z_extent: tuple[float, float]
-    inclusion: tuple[float, float, float] | None = None
-
-    def __post_init__(self):
-        if min(self.fc, self.fs, self.pitch, self.c) <= 0 or self.nel < 2 or not self.tx:
-            raise DataError("geometry: fc, fs, pitch and c must be above 0, nel at least 2, tx not empty")
-        if not all(0 <= element < self.nel for element in self.tx):
-            raise DataError(f"geometry: tx={list(self.tx)} names elements outside of 0..{self.nel - 1}")
-        if self.x_extent[0] >= self.x_extent[1] or not 0 <= self.z_extent[0] < self.z_extent[1]:
-            raise DataError("geometry: x_extent and z_extent must each grow, z from 0 on")
-
-    @property
-    def elements(self) -> NDArray[np.float64]:
-        """Lateral positions of the elements [nel], metres."""
-        return np.asarray((np.arange(self.nel) - (self.nel - 1) / 2) * self.pitch, np.float64)
 
 
 @dataclass(frozen=True)
@@ -77,8 +46,8 @@ def read_acquisition(path: str | Path) -> Acquisition:
 
     An ``.npz`` holds ``images`` [M, H, W] (complex or RF; optional axes ``x``, ``z`` in metres), or ``iq``
     (complex [M, nel, T], or int16 [M, nel, T, 2] with ``scale``) and ``meta``, JSON with the fields of
-    ``Geometry`` and optionally ``cx``, ``cz``, ``r``. HDF5 files (.h5, .hdf5, .uff) hold data sets of these
-    names; other layouts of UFF are not read.
+    ``Geometry`` and optionally ``cx``, ``cz``, ``r``. HDF5 files (.h5, .hdf5) hold data sets of these names,
+    or groups of ``real`` and ``imag`` for complex ones. USTB's UFF is refused by name.
 
     Raises:
         MissingDataError: no such file.
@@ -89,11 +58,10 @@ def read_acquisition(path: str | Path) -> Acquisition:
         raise MissingDataError(f"{path}: no such file; give an .npz with images [M, H, W] or iq and meta")
     arrays = _read_hdf5(path) if path.suffix.lower() in HDF5 else _read_npz(path)
     if "images" in arrays:
-        x, z = arrays.get("x"), arrays.get("z")
         shape = np.shape(arrays["images"])
-        for name, axis, size in (("x", x, shape[-1]), ("z", z, shape[-2] if len(shape) > 1 else -1)):
-            if axis is not None and np.shape(axis) != (size,):
-                raise DataError(f"{path}: {name} has shape {np.shape(axis)}, images have {shape}")
+        if len(shape) != 3:
+            raise DataError(f"{path}: images have shape {shape}; need [M, H, W]")
+        x, z = _axis(path, arrays, "x", shape[2]), _axis(path, arrays, "z", shape[1])
         meta = _meta(path, arrays) if "meta" in arrays else {}
         geometry = _geometry(path, meta) if all(name in meta for name in NEEDED) else None
         return Acquisition(images=arrays["images"], geometry=geometry, x=x, z=z)
@@ -143,20 +111,74 @@ def _read_hdf5(path: Path) -> dict[str, NDArray]:
         raise DataError(f"{path}: HDF5 and UFF need h5py (pip install h5py); or give an .npz") from error
     try:
         with h5py.File(path, "r") as file:
-            known = ("images", "x", "z", "iq", "scale", "meta")
-            return {name: np.asarray(file[name][()]) for name in known if name in file}
-    except (OSError, ValueError, KeyError) as error:
+            if foreign := [name for name in UFF if name in file]:
+                raise DataError(
+                    f"{path}: is of UFF layout (it holds {foreign[0]}), which is not read; write its channel "
+                    "data as iq [M, nel, T] with meta, or beamformed apertures as images [M, H, W]"
+                )
+            if not any(name in file for name in HDF5_NAMES):
+                raise DataError(f"{path}: holds {sorted(file) or 'nothing'}; need images, or iq and meta")
+            return {name: _hdf5_array(file[name]) for name in HDF5_NAMES if name in file}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{path}: cannot be read as HDF5 ({error})") from error
+
+
+def _hdf5_array(found: Any) -> NDArray:
+    """Read a data set, or a group of the real and the imaginary part of one."""
+    if hasattr(found, "shape"):
+        return np.asarray(found[()])
+    if set(found) != {"real", "imag"}:
+        raise ValueError(f"{found.name} is a group of {sorted(found)}, not an array, nor real and imag")
+    real, imag = (np.asarray(found[part][()]) for part in ("real", "imag"))
+    if real.shape != imag.shape or real.dtype.kind not in "iuf" or imag.dtype.kind not in "iuf":
+        raise ValueError(f"{found.name}: real and imag must be numbers of one shape")
+    return real + 1j * imag
+
+
+def _axis(path: Path, arrays: Mapping[str, NDArray], name: str, size: int) -> NDArray | None:
+    axis = arrays.get(name)
+    if axis is None:
+        return None
+    if np.shape(axis) != (size,):
+        raise DataError(f"{path}: {name} has shape {np.shape(axis)}, images have {size} such pixels")
+    if axis.dtype.kind not in "iuf" or not np.isfinite(axis).all():
+        raise DataError(f"{path}: {name} must be finite numbers, in metres")
+    steps = np.diff(axis.astype(np.float64))
+    if not ((steps > 0).all() or (steps < 0).all()) or np.abs(axis).max() > FAR:
+        raise DataError(
+            f"{path}: {name} goes from {float(axis[0]):g} to {float(axis[-1]):g}; it must grow or fall from "
+            f"pixel to pixel, in metres, within {FAR:g}"
+        )
+    return axis
 
 
 def _complex(path: Path, arrays: Mapping[str, NDArray]) -> NDArray[np.complex64]:
     iq = arrays["iq"]
-    if iq.dtype.kind == "c":
+    whole = iq.dtype.kind == "c" and iq.ndim == 3
+    if not whole and (iq.dtype.kind not in "iuf" or iq.ndim != 4 or iq.shape[-1] != 2):
+        raise DataError(
+            f"{path}: iq of shape {iq.shape}, {iq.dtype}: need complex [M, nel, T], or real [M, nel, T, 2]"
+        )
+    if iq.shape[2] < 2:
+        raise DataError(f"{path}: iq has {iq.shape[2]} samples a record; at least 2 are needed")
+    scale = _scale(path, arrays)
+    finite = np.isfinite(iq)
+    if not finite.all():
+        shot, element = np.argwhere(~finite)[0][:2]
+        raise DataError(f"{path}: iq is not finite in transmission {shot}, element {element}; repair it")
+    peak = float(np.abs(iq if whole else iq.astype(np.float64)).max()) * (1.0 if whole else scale)
+    if peak and not LEAST <= peak <= MOST:
+        raise DataError(f"{path}: iq reaches {peak:.1e}; scale it to within {LEAST:g} to {MOST:g}")
+    if whole:
         return iq.astype(np.complex64)
-    if iq.ndim != 4 or iq.shape[-1] != 2:
-        raise DataError(f"{path}: iq of shape {iq.shape}: need complex [M, nel, T], or real [M, nel, T, 2]")
-    scale = float(arrays.get("scale", np.float32(1)))
     return ((iq[..., 0] + 1j * iq[..., 1].astype(np.float32)) * np.float32(scale)).astype(np.complex64)
+
+
+def _scale(path: Path, arrays: Mapping[str, NDArray]) -> float:
+    scale = np.asarray(arrays.get("scale", np.float32(1)))
+    if scale.size != 1 or scale.dtype.kind not in "iuf" or not LEAST <= float(scale.item()) <= MOST:
+        raise DataError(f"{path}: scale must be one number within {LEAST:g} to {MOST:g}")
+    return float(scale.item())
 
 
 def _meta(path: Path, arrays: Mapping[str, NDArray]) -> dict[str, Any]:
@@ -179,10 +201,18 @@ def _geometry(path: Path, meta: Mapping[str, Any]) -> Geometry:
         known = all(isinstance(meta.get(name), int | float) for name in ("cx", "cz", "r"))
         return Geometry(
             **{name: float(meta[name]) for name in ("fc", "fs", "pitch", "c")},
-            nel=int(meta["nel"]), tx=tuple(int(t) for t in meta["tx"]),
+            nel=_whole(meta["nel"]), tx=tuple(_whole(t) for t in meta["tx"]),
             x_extent=(float(meta["x_extent"][0]), float(meta["x_extent"][1])),
             z_extent=(float(meta["z_extent"][0]), float(meta["z_extent"][1])),
             inclusion=(float(meta["cx"]), float(meta["cz"]), float(meta["r"])) if known else None,
         )  # fmt: skip
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
         raise DataError(f"{path}: meta cannot be used ({error})") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _whole(value: Any) -> int:
+    if int(value) != value:
+        raise ValueError(f"{value} is not a whole number")
+    return int(value)

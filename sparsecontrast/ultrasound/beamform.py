@@ -9,10 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsecontrast.errors import DataError
-from sparsecontrast.ultrasound.acquisition import Acquisition, Geometry
+from sparsecontrast.ultrasound.acquisition import Acquisition
+from sparsecontrast.ultrasound.geometry import Geometry
 
 UPSAMPLE = 4  # by Fourier, before linear interpolation: the noise power then hardly depends on the delay
 AXIAL, LATERAL = 0.25, 0.4  # pixel in wavelengths
+DELAYS = 2**28  # elements x pixels, 8 bytes each: more is a field in another unit, or too large for one image
 
 
 def grid(geometry: Geometry) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -37,11 +39,19 @@ def delay_and_sum(
 
     Returns:
         complex64 [M, H, W], or [2 M, H, W] ordered left, right, left, ...; echoes after the record are 0.
+
+    Raises:
+        DataError: the channels do not fit the geometry, or the field has too many pixels.
     """
     if channels.ndim != 3 or channels.shape[:2] != (len(geometry.tx), geometry.nel):
         raise DataError(
             f"channel data of shape {channels.shape}: the geometry has {len(geometry.tx)} transmissions and "
             f"{geometry.nel} elements"
+        )
+    if geometry.nel * len(x) * len(z) > DELAYS:
+        raise DataError(
+            f"a field of {len(z)} x {len(x)} pixels for {geometry.nel} elements is too large; make x_extent "
+            "and z_extent smaller, and check that they are in metres and fc in hertz"
         )
     fine = _upsample(channels.astype(np.complex64), UPSAMPLE)
     delay = np.sqrt((x[None, None] - geometry.elements[:, None, None]) ** 2 + z[None, :, None] ** 2)

@@ -6,6 +6,8 @@ the image is at baseband (its local mean frequency is 0): Dalsasso et al., "As i
 for radar, whose speckle is that of ultrasound. So each aperture gives two independent looks.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
@@ -16,6 +18,9 @@ Complex = NDArray[np.complex64]
 Real = NDArray[np.float64]
 WINDOW = (24.0, 12.0)  # pixels, axial and lateral: over which a mean frequency is taken to be one
 MIN_SIDE = 16
+LEAST, MOST = 1e-30, 1e30  # amplitudes of acquisitions; what is beyond cannot be told in float32
+SAFE = 2.0**40  # largest amplitudes from 1 / SAFE to SAFE can be squared and summed in float32
+DEAD = 1e-4  # of the other apertures' largest amplitude: below it, one has not recorded
 QUIET, QUIET_WINDOW = 0.1, 8.0  # share of the pixels, and pixels over which power is averaged
 BARE = 0.9  # of the power that apertures do not share, beyond which there may be noise alone,
 EVEN = 0.7  # if the quiet places have this share of the mean power (two far apertures share no echo either)
@@ -31,7 +36,24 @@ def as_apertures(images: NDArray) -> Complex:
         complex64 [M, H, W].
 
     Raises:
-        DataError: another shape, fewer than two apertures, or values that are not finite or all zero.
+        DataError: as in ``check_images``, or images that add up to zero.
+    """
+    images = check_images(images)
+    if images.dtype.kind != "c":
+        from scipy.signal import hilbert
+
+        images = np.asarray(hilbert(images.astype(np.float64), axis=1))
+    if not np.abs(images.mean(0)).any():
+        raise DataError("the sub-aperture images add up to zero: there is nothing to denoise")
+    return images.astype(np.complex64)
+
+
+def check_images(images: NDArray) -> NDArray:
+    """Refuse what is not a set of sub-aperture images.
+
+    Raises:
+        DataError: another shape or type, fewer than two apertures, values that are not finite or too large
+            or small for float32, an aperture that recorded nothing, or images without a phase.
     """
     images = np.asarray(images)
     if images.ndim != 3 or images.shape[0] < 2 or min(images.shape[1:]) < MIN_SIDE:
@@ -44,13 +66,56 @@ def as_apertures(images: NDArray) -> Complex:
     if not np.isfinite(images).all():
         bad = [m for m, image in enumerate(images) if not np.isfinite(image).all()]
         raise DataError(f"aperture {bad[0]} holds values that are not finite; leave it out or repair it")
-    if images.dtype.kind != "c":
-        from scipy.signal import hilbert
+    peaks = _peaks(images)
+    if peaks.any() and not LEAST <= peaks.max() <= MOST:
+        raise DataError(
+            f"sub-aperture images reach {peaks.max():.1e}; scale them to within {LEAST:g} to {MOST:g}"
+        )
+    dead = np.flatnonzero(peaks < DEAD * np.median(peaks))
+    if len(dead):
+        raise DataError(f"aperture {dead[0]} is empty beside the others (it recorded nothing); leave it out")
+    _check_phase(images)
+    return images
 
-        images = np.asarray(hilbert(images.astype(np.float64), axis=1))
-    if not np.abs(images.mean(0)).any():
-        raise DataError("the sub-aperture images add up to zero: there is nothing to denoise")
-    return images.astype(np.complex64)
+
+def to_safe_range(images: NDArray) -> tuple[NDArray, float]:
+    """Divide sub-aperture images by a power of two, if float32 could not hold their squares.
+
+    Args:
+        images: [M, H, W] as ``check_images`` takes them.
+
+    Returns:
+        The images, the same ones where no need was, and the power of two: 1 then.
+
+    Raises:
+        DataError: as in ``check_images``.
+    """
+    images = check_images(images)
+    peak = float(_peaks(images).max())
+    if not peak or 1 / SAFE <= peak <= SAFE:
+        return images, 1.0
+    unit = 2.0 ** round(math.log2(peak))
+    return images.astype(np.complex128 if images.dtype.kind == "c" else np.float64) / unit, unit
+
+
+def _peaks(images: NDArray) -> Real:
+    """Give the largest amplitude of each aperture [M]."""
+    if images.dtype.kind != "c":
+        images = images.astype(np.float64)  # the least integer has no absolute value of its own type
+    return np.abs(images).max((1, 2)).astype(np.float64)
+
+
+def _check_phase(images: NDArray) -> None:
+    """Refuse pictures: envelopes and log-images have lost the phase, from which all is learned."""
+    if images.dtype.kind == "c":
+        if not images.any() or np.imag(images).any():
+            return
+        raise DataError("complex images whose imaginary part is 0 everywhere; store RF as real numbers")
+    if images.any() and (images.min() >= 0 or images.max() <= 0):
+        raise DataError(
+            "the images never change their sign: these are envelopes or log-images, not RF; A2A needs RF or "
+            "complex images, as they are before the envelope is taken"
+        )
 
 
 def to_baseband(apertures: Complex) -> Complex:
@@ -80,8 +145,10 @@ def noise_power(apertures: Complex) -> float:
     image is quietest, unless it is evenly loud and next to nothing is shared anywhere. Apertures must stand
     in the order of their positions. Two apertures know no r(2): then r(0) - r(1).
 
+    Side lobes and decorrelated echoes that reach into the quiet places count as noise, so it is too high.
+
     Returns:
-        mean |noise|^2 of one aperture, at least 0, and at most the mean power.
+        mean |not shared|^2 of one aperture, at least 0, and at most the mean power.
     """
     everywhere, power = _nugget(apertures), float((np.abs(apertures) ** 2).mean())
     local = gaussian_filter((np.abs(apertures) ** 2).mean(0).astype(np.float64), QUIET_WINDOW)
