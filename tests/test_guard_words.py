@@ -61,7 +61,7 @@ def test_nothing_around_the_numbers_of_an_array_leaves(tmp_path):
     grid = serve([site(tmp_path)], told(tmp_path), liar(hide))
     assert not [data for data in grid.sent if PHI.encode() in data or b"19311224" in data]
     (content,) = [m.content for m in messages(grid.sent) if m.content.array_records]
-    left = content["arrays"]["flat"]
+    left = content.array_records["arrays"]["flat"]
     assert (left.dtype, left.stype, left.shape) == ("float32", "numpy.ndarray", (len(seen[0]),))
     assert left.data == payload.to_npy(seen[0])
 
@@ -70,7 +70,8 @@ def test_nothing_around_the_numbers_of_an_array_leaves(tmp_path):
 def test_each_of_these_places_holds_a_text_that_numpy_reads_over(hide):
     content = RecordDict({"arrays": ArrayRecord({"flat": Array(np.zeros(3, np.float32))})})
     hide(content)
-    assert np.array_equal(payload.from_npy(content["arrays"]["flat"].data), np.zeros(3, np.float32))
+    found = payload.from_npy(content.array_records["arrays"]["flat"].data)
+    assert np.array_equal(found, np.zeros(3, np.float32))
 
 
 @pytest.mark.parametrize("honest", [GREETING, TRAINED, ERROR], ids=["hello", "train", "error"])
