@@ -20,6 +20,7 @@ from benchmarks.committed import Rows, markdown, rows
 from benchmarks.denoise_table import denoise_equal, denoise_gains, denoise_noise
 from benchmarks.sparsity_table import sparsity, speed
 from benchmarks.sweep_tables import gains, leaks
+from benchmarks.wire_table import wire
 
 HERE = Path(__file__).parent
 READMES = (HERE / "README.md", HERE.parent / "README.md")
@@ -303,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "epoch": epoch,
     "audit": audit,
     "faults": faults,
+    "wire": wire,
 }
 
 if __name__ == "__main__":
