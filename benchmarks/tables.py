@@ -18,6 +18,7 @@ from benchmarks.auto_keep_table import auto_keep
 from benchmarks.cells_table import cells, federated_cells
 from benchmarks.committed import Rows, markdown, rows
 from benchmarks.denoise_table import denoise_equal, denoise_gains, denoise_noise
+from benchmarks.miram_step_table import miram_step
 from benchmarks.sparsity_table import sparsity, speed
 from benchmarks.sweep_tables import gains, leaks
 from benchmarks.wire_table import wire
@@ -283,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "small-maps": small_maps,
     "decoders": decoders,
     "decoders-break-even": decoders_break_even,
+    "miram-step": miram_step,
     "privacy": privacy,
     "sweep-gains": gains,
     "sweep-leaks": leaks,
