@@ -13,18 +13,17 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import yaml
 
+from simulation.processes import deaf, free_ports, marked, send, wait_until
 from sparsecontrast import overrides
 from sparsecontrast.errors import FederationError, SparseContrastError, StorageError
 from sparsecontrast.provision.health import ask_grpc, ask_http, wait_for
@@ -72,7 +71,7 @@ class Deployment:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _deaf():  # a second Ctrl-C must not leave half of it running
+        with deaf():  # a second Ctrl-C must not leave half of it running
             self.stop()
 
     def provision(self) -> None:
@@ -139,7 +138,7 @@ class Deployment:
         while True:
             before = len(self.log(name).read_text(errors="replace")) if self.log(name).exists() else 0
             node = self.launch(name, script or self.kits.site(name) / "supernode.sh")
-            _until(decided, START_SECONDS)
+            wait_until(decided, START_SECONDS)
             if node.poll() is None and decided():
                 return node
             if node.poll() is None or time.monotonic() > deadline:
@@ -224,8 +223,8 @@ class Deployment:
             self.end_one(name)
         for sent in (signal.SIGTERM, signal.SIGKILL):
             for pid in self.processes():
-                _signal(pid, sent)
-            _until(lambda: not self.processes(), STOP_SECONDS)
+                send(pid, sent)
+            wait_until(lambda: not self.processes(), STOP_SECONDS)
 
     def end_one(self, name: str) -> None:
         """End one process as its service manager would."""
@@ -259,25 +258,6 @@ class Deployment:
     def end(self, name: str) -> str:
         """The last lines of a process."""
         return "\n".join(self.log(name).read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-
-
-def marked(process: Path, word: str) -> bool:
-    """Whether the environment of a process, a folder of ``/proc``, holds a word; no where it is hidden."""
-    try:
-        return word.encode() in (process / "environ").read_bytes()
-    except OSError:
-        return False
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports on which nobody listens at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -332,33 +312,6 @@ def _clear(out: Path, fresh: bool) -> None:
 
 def _interrupt(_: int, __: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _signal(pid: int, sent: signal.Signals) -> None:
-    try:
-        os.kill(pid, sent)
-    except ProcessLookupError:
-        return
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Hear no signal within; only the main thread hears any."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for sent, handler in before.items():
-            signal.signal(sent, handler)
-
-
-def _until(done: Any, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not done() and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from simulation import flower_home
-from simulation.deploy import free_ports
+from simulation.processes import free_ports
 from sparsecontrast import checkpoint, overrides
 from sparsecontrast.egress import FILE, HEAD
 from tests.federations import MODEL, rows

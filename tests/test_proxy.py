@@ -14,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from benchmarks.fault_cases.fronts import context
-from simulation.deploy import Deployment, free_ports
+from simulation.deploy import Deployment
+from simulation.processes import free_ports
 from sparsecontrast.provision import kits
 from sparsecontrast.provision.plan import read_plan
 from tests.test_server_kit import EXAMPLE
