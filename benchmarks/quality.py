@@ -40,6 +40,7 @@ from sparsecontrast.scoring import Cell, Features, Scorer
 from sparsecontrast.tasks import Task, make_table, parse_tasks
 
 METRIC = "linear_probe_auroc"
+SEEDS = [0, 1, 2, 3, 4]
 QUICK = qa.Protocol(size=32, patch=4, depth=1, steps=2, batch=8)
 CHEST_TASKS = (
     "evaluation.tasks=[{name: bacterial against viral, label: bacterial, where: pneumonia},"
@@ -303,6 +304,7 @@ def _command(args: argparse.Namespace) -> str:
     told = "" if args.method == "sparse_contrast" else f" --method {args.method}"
     told += "" if args.protocol == "cpu" else f" --protocol {args.protocol}"
     told += "" if args.steps is None else f" --steps {args.steps}"
+    told += "" if args.quick or args.seeds == SEEDS else f" --seeds {' '.join(map(str, args.seeds))}"
     told += "" if args.arms is None else f" --arms {' '.join(args.arms)}"
     every = args.quick or list(args.data) == list(STUDIES[args.method].data)
     told += "" if every else f" --data {' '.join(args.data)}"
@@ -317,7 +319,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", default=None, help="folder of the runs; default outputs/quality")
     budgets = sorted({name for study in STUDIES.values() for name in study.protocols})
     parser.add_argument("--protocol", default="cpu", choices=budgets, help="network, size and steps")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--data", nargs="+", default=None, choices=(*NAMES, *PARTS))
     parser.add_argument("--arms", nargs="+", default=None, help="train these alone")
     parser.add_argument("--steps", type=int, default=None, help="of every arm, in place of the protocol's")
