@@ -23,7 +23,7 @@ from sparsecontrast.errors import ConfigError, HeldError
 FOLDER = "pending"
 POLL_SECONDS = 0.2
 SHORT = 12  # hex digits of the digest that a release's name ends with
-_ID = re.compile(r"[0-9a-zA-Z_-]{1,80}")
+_ID = re.compile(r"[0-9a-zA-Z_-]{1,96}")  # a run key may have 64 digits
 
 
 def wait_for_approval(

@@ -15,9 +15,9 @@ A = {"sha256": "a" * 64, "tensors": [], "bytes": 12, "metrics": {"loss": 1.5}}
 class Release:
     """One that waits in a thread; ``end`` tells how it ended."""
 
-    def __init__(self, folder, facts, seconds=60.0):
+    def __init__(self, folder, facts, seconds=60.0, name="run-0001"):
         self.outcome = "released"
-        arguments = (folder, "run-0001", facts, np.zeros(3), seconds)
+        arguments = (folder, name, facts, np.zeros(3), seconds)
         self.thread = threading.Thread(target=self._wait, args=arguments)
         self.thread.start()
         while digest(facts) not in map(digest, waiting(folder).values()) and self.thread.is_alive():
@@ -51,6 +51,13 @@ def test_an_approval_is_for_what_was_looked_at_not_for_the_round(tmp_path, other
     assert second.thread.is_alive() and not list((tmp_path / FOLDER).glob("*.approved"))
     decide(tmp_path, now, True, digest({**A, **other})[:8].upper())
     assert second.end() == "released" and not list((tmp_path / FOLDER).iterdir())
+
+
+def test_the_longest_run_key_that_a_server_may_give_can_be_approved(tmp_path):
+    waits = Release(tmp_path, A, name=f"{64 * 'f'}-1000000")
+    (name,) = waiting(tmp_path)
+    decide(tmp_path, name, True)
+    assert waits.end() == "released"
 
 
 @pytest.mark.parametrize("text", ["", "a" * 64])
