@@ -36,7 +36,7 @@ BARE_SHARE = 0.97  # of the power of single apertures: with as much noise there 
 NOISE_DB = 30.0  # dynamic range of the noise map, below its own maximum
 NOISE_TOLD = (
     "what the apertures do not share, in the unit of the compound: noise, but also side lobes and "
-    "decorrelated echoes; where there is little noise, several times its standard deviation"
+    "decorrelated echoes, so no measurement of the noise alone"
 )
 
 

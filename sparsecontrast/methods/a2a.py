@@ -13,8 +13,8 @@ Ours, and why:
   log v + 2 t^2 / v. The mean of v is then right, where an L1 of log-images would be biased by speckle.
 - D(mean a, 0) is itself trained to foretell the whole compound, from a quadrature that it did not see:
   it is the output, and otherwise it would be reached only by extrapolation.
-- The noise floor, what apertures do not share (side lobes too, so it is set too high rather than too low),
-  is taken off the power. So pure noise gives a flat image, not a texture; and dark tissue may be lost.
+- The noise floor, what apertures do not share (side lobes too, so it may be too high), is taken off the
+  power. So pure noise gives a flat image, not a texture; and dark tissue may be lost.
 - The anatomy is the prior of a Wiener filter of the compound, which keeps its resolution and its speckle.
   The image shown lies between the two (``speckle``).
 

@@ -16,10 +16,10 @@ class Denoised:
         anatomy: amplitude without speckle and noise; never below the floor.
         coherent: complex; the compound after a Wiener filter with the anatomy as prior. Keeps speckle.
         noise: what the apertures do not share, as a standard deviation in the compound, local: noise, side
-            lobes and decorrelated echoes alike, so more than the noise (``noise_map``).
+            lobes and decorrelated echoes alike (``noise_map``).
         compound: complex; the mean of the apertures.
-        noise_level: the same where the image is quietest (``noise_power``); far above the true noise where
-            there is little of it, for side lobes and decorrelation reach into quiet places too.
+        noise_level: the same where the image is quietest (``noise_power``); above the true noise where side
+            lobes and decorrelation reach into quiet places too.
         floor: amplitude below which nothing is shown.
         steps: trained; fewer than asked for where the held-out aperture said so.
         history: (step, loss, likelihood of the held-out aperture or nan), one a check.
