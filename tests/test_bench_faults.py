@@ -103,6 +103,7 @@ def test_a_process_dies_once_where_the_plan_says(tmp_path, code, when, rows, tor
     environment = {**os.environ, "FAULTS_PLAN": str(plan), "PYTHONPATH": f"{hook}:{Path(hook).parents[2]}"}
     command = [sys.executable, "-c", code, str(tmp_path / "site")]
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    assert len(json.loads((tmp_path / "plan.json.killed").read_text())) == 1
     log = EgressLog(tmp_path / "site")
     assert len(log.rows()) == rows and log.path.read_bytes().endswith(b"\n") != torn
     assert not plan.exists()

@@ -110,6 +110,7 @@ class Struck:
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         self.plan, self.runs = folder / "plan.json", dict[str, list[Path]]()
+        self.killed = folder / "plan.json.killed"
         self.deployment = stack.enter_context(Deployment(folder / "federation", SITES, patients=12))
         d = self.deployment
         hook = Path(__file__).parent / "hook"
@@ -164,7 +165,8 @@ class Struck:
         before, charged = checkpoint.latest(run) or 0, self.charged()
         self.aim(place)
         self.submit([f"resume={run}"])
-        self.until(lambda: not self.plan.exists(), f"never came to: {place.phase}")
+        self.until(self.killed.exists, f"never came to: {place.phase}")
+        expect(json.loads(self.killed.read_text()), f"{place.phase}: nobody was there to kill")
         dead = time.monotonic()
         self.revive()
         self.await_end()
@@ -234,6 +236,7 @@ class Struck:
         words = VICTIMS[place.victim]
         victim = words if isinstance(words, str) else [*words, mark]
         told = at | {"call": call or at["call"], "process": process, "victim": victim}
+        self.killed.unlink(missing_ok=True)
         self.plan.write_text(json.dumps(told))
 
     def submit(self, words: list[str]) -> None:

@@ -2,8 +2,8 @@
 
 ``FAULTS_PLAN`` names a JSON file: in which process (words of its command line or environment), at which
 function, entered or left the how-manieth time, counted from which other one on, who dies. The plan is done
-once, and then renamed to ``*.done``. A client process that is forked (``client/executor.py``) looks for the
-plan when it comes to be.
+once, and then renamed to ``*.done``; ``*.killed`` lists who died. A client process that is forked
+(``client/executor.py``) looks for the plan when it comes to be.
 """
 
 import importlib.abc
@@ -88,6 +88,9 @@ class Patch(importlib.abc.MetaPathFinder):
         except OSError:
             return
         victims = [os.getpid()] if self.told["victim"] == "itself" else found(self.told["victim"])
+        with open(self.path + ".part", "w", encoding="utf-8") as file:
+            json.dump(victims, file)
+        os.rename(self.path + ".part", self.path + ".killed")
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
 
