@@ -10,12 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from benchmarks import faults
-from benchmarks.fault_cases import byzantine, crash, inputs, replies, soak
+from benchmarks.fault_cases import byzantine, crash, inputs, replies, soak, ten_labs
 from benchmarks.fault_cases.case import BrokenPromiseError, Case, expect, judge
 from sparsecontrast import checkpoint, payload
 from sparsecontrast.egress import EgressLog
@@ -153,22 +154,34 @@ def test_an_update_is_multiplied_and_passes_every_check_of_form(tmp_path):
     assert honest is reply
 
 
+def test_cells_are_dealt_whole_groups_at_a_time_and_evenly(shared_data, tmp_path):
+    source = shared_data / "wbc"
+    folder = ten_labs.deal(10, tmp_path / "cells", source)
+    dealt, real = (pd.read_csv(f / "index.csv", dtype=str, keep_default_na=False) for f in (folder, source))
+    assert sorted(dealt["path"]) == sorted(real["path"]) and (folder / dealt["path"][0]).is_file()
+    assert dealt.groupby("group_id")["site"].nunique().tolist() == [1] * dealt["group_id"].nunique()
+    assert dealt["group_id"].nunique() == real.groupby(["site", "group_id"]).ngroups
+    assert len(set(dealt.loc[dealt["label"] == "lymphocyte", "site"])) == 10
+    assert ten_labs.deal(10, tmp_path / "cells", source) == folder
+
+
 @pytest.mark.parametrize("worth", [0.1, 0.0])
 def test_the_bar_of_lying_sites_must_be_missed_by_what_was_never_trained(worth, tmp_path, monkeypatch):
     """Where training is worth nothing, or a defence does nothing, the rows say so."""
     clean, asked = 0.7, set()
 
-    def trained(wire, folder, strategy, count, factor, seed):
-        asked.add((strategy, seed))
-        harmed = count and ("no norm bound" in strategy or strategy == "krum")
+    def trained(wire, folder, strategy, told, factor):
+        asked.add((strategy, told[-1]))
+        harmed = factor != 1 and ("no norm bound" in strategy or strategy == "krum")
         return clean - (worth if harmed else 0.0), 0
 
     monkeypatch.setattr(byzantine, "when_used", lambda *_: nullcontext(lambda: None))
     monkeypatch.setattr(byzantine, "trained", trained)
-    monkeypatch.setattr(byzantine, "auroc", lambda run, features: clean - worth)
+    monkeypatch.setattr(byzantine, "score", lambda run, number: clean - worth)
+    monkeypatch.setattr(byzantine, "deal", lambda count, folder: folder)
     rows = {row["fault"]: row["held"] for row in faults.run_group("byzantine", tmp_path, quick=False)}
     controls = {fault for fault in rows if fault.startswith("control")}
-    assert len(controls) == 9 and {seed for _, seed in asked} == {0, 1, 2}
+    assert len(controls) == 6 and {seed for _, seed in asked} == {"seed=0", "seed=1", "seed=2"}
     assert {rows[fault] for fault in controls} == {worth > byzantine.ALLOWED}
     for fault in set(rows) - controls:
         assert rows[fault] == (not (worth and fault.startswith("krum"))), fault

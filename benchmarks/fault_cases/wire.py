@@ -119,8 +119,16 @@ def words(folder: Path, sites: int, *more: str) -> list[str]:
     return overrides.merge(base, list(more))
 
 
-def serve(wire: Wire, told: Sequence[str], trouble: Trouble | None = None) -> list[dict[str, Any]]:
+def serve(
+    wire: Wire, told: Sequence[str], trouble: Trouble | None = None, run: Path | None = None
+) -> list[dict[str, Any]]:
     """Run the ServerApp over the wire to its end; returns the rows of ``metrics.jsonl``.
+
+    Args:
+        wire: between the server and its sites.
+        told: overrides of the run.
+        trouble: on the wire.
+        run: its folder, where ``told`` is not of pretraining.
 
     Raises:
         SparseContrastError: why the run failed.
@@ -130,7 +138,7 @@ def serve(wire: Wire, told: Sequence[str], trouble: Trouble | None = None) -> li
     wire.reset(trouble or Trouble())
     context = Context(wire.run.run_id, SERVER_NODE, {}, RecordDict(), {"overrides": overrides.join(told)})
     app(wire, context)
-    return rows(folder_of(told))
+    return rows(run or folder_of(told))
 
 
 def folder_of(told: Sequence[str]) -> Path:
