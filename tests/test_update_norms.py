@@ -72,10 +72,10 @@ def test_auto_is_for_strategies_of_the_mean_and_a_number_for_all(strategy):
 def test_an_update_is_shortened_in_its_own_direction_and_one_far_beyond_is_refused(tmp_path):
     reference = vector(0, 7.0)
     with Spool(tmp_path / "replies") as spool:
-        given = replies(spool, reference, [1.0, 1.1, 1.2, 2.9, 8.0, 3.7 * BEYOND])
+        given = replies(spool, reference, [1.0, 1.1, 1.2, 1.19 * MULTIPLE, 8.0, 1.23 * MULTIPLE * BEYOND])
         before = [reply.flat for reply in given]
         bound = bound_of([reply.update_norm for reply in given], AUTO)
-        assert bound == pytest.approx(MULTIPLE * 1.2, rel=1e-5)
+        assert bound == pytest.approx(MULTIPLE * 1.2, rel=1e-5)  # s3 is just below it
         kept, refused = hold(given, reference, bound, spool)
         assert refused == {"s5": "payload_update_norm"}
         assert [(reply.site, reply.clipped) for reply in kept] == [
@@ -83,7 +83,9 @@ def test_an_update_is_shortened_in_its_own_direction_and_one_far_beyond_is_refus
         ]  # fmt: skip
         for was, reply in zip(before[:4], kept[:4], strict=True):
             assert reply.flat.tobytes() == was.tobytes()
-        np.testing.assert_allclose(kept[4].flat - reference, (before[4] - reference) * (3.6 / 8.0), atol=2e-6)
+        np.testing.assert_allclose(
+            kept[4].flat - reference, (before[4] - reference) * (bound / 8.0), atol=2e-6
+        )
         assert kept[4].update_norm == pytest.approx(8.0, rel=1e-5)  # what it was is what is told
         assert len(list(spool.folder.iterdir())) == 6  # in place: the disk holds one model a site
 
