@@ -60,8 +60,8 @@ def run(grid: Grid, words: list[str]) -> None:
 
 
 def _serve(grid: Grid, config: "RunConfig", words: list[str], method: Any) -> None:
-    from server.conversation import connect
     from server.folder import open_folder
+    from server.roll import Roll
     from server.rounds import Rounds, initial_weights
     from sparsecontrast import checkpoint, payload
     from sparsecontrast.errors import BackboneMismatchError
@@ -81,6 +81,7 @@ def _serve(grid: Grid, config: "RunConfig", words: list[str], method: Any) -> No
         weights, strategy = last.tensors, last.strategy
         say(f"continuing {folder.path} after round {last.number}")
     text = join(words)
-    sites = connect(grid, config.federation, payload.fingerprint(shapes), text)
-    Rounds(grid, sites, folder, text, weights, strategy).run()
+    roll = Roll(grid, config.federation, payload.fingerprint(shapes), text)
+    roll.open()
+    Rounds(grid, roll, folder, text, weights, strategy).run()
     say(f"done: {folder.path}")

@@ -12,25 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from server.log import say, warn
-from server.strategy import quorum
-from sparsecontrast.errors import FederationError
-from sparsecontrast.settings import FederationConfig
-
-HELLO, TRAIN = "query.hello", "train"
+TRAIN = "train"
 POLL_SECONDS = (0.02, 0.5)  # between pulls: at first, and at most
-SAY_SECONDS = 10.0  # between lines while waiting
-SETTLE_SECONDS = 10.0  # without a new node, when as many as wanted have answered but not all can be used
 _CODE = re.compile(r"[a-z][a-z_]{0,39}")
-_NAME = re.compile(r"[^\x00-\x1f/\\]{1,64}")
-_ADVICE = {
-    "backbone_mismatch": " (its backbone differs from the server's: same version of the code?)",
-    "silent": " (no answer within federation.connect_timeout)",
-    "duplicate_name": " (two nodes bear this name; every site needs its own)",
-}
+NAME = re.compile(r"[^\x00-\x1f/\\]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -70,16 +58,55 @@ def ask(
         group: Flower's group id, the round.
         read: makes of a name and a content what is kept of an answer.
     """
-    answers, pending, started = Answers(), {}, time.monotonic()
+    started = time.monotonic()
+    pending = send(grid, letters, kind, timeout, group)
+    unsent = set(letters) - set(pending.values())
+    answers = collect(grid, pending, started, timeout, read)
+    answers.silent.extend(sorted(unsent | set(pending.values())))
+    return answers
+
+
+def send(
+    grid: Grid, letters: Mapping[str, tuple[int, RecordDict]], kind: str, ttl: float, group: str
+) -> dict[str, str]:
+    """Send one message for each name; returns the name by message id, of those that could be sent.
+
+    Args:
+        grid: Flower's.
+        letters: (node id, content) by name.
+        kind: message type.
+        ttl: seconds after which nobody works on it any more.
+        group: Flower's group id.
+    """
+    pending = {}
     for name, (node, content) in letters.items():
-        message = Message(content, dst_node_id=node, message_type=kind, ttl=timeout, group_id=group)
+        message = Message(content, dst_node_id=node, message_type=kind, ttl=ttl, group_id=group)
         for message_id in grid.push_messages([message]):  # alone: the order of ids is then no question
             if message_id:
                 pending[message_id] = name
-    unsent = set(letters) - set(pending.values())
+    return pending
+
+
+def collect(
+    grid: Grid,
+    pending: dict[str, str],
+    started: float,
+    timeout: float,
+    read: Callable[[str, RecordDict], Any] = lambda name, content: content,
+) -> Answers:
+    """Take the answers that come until ``timeout`` seconds have passed; once, where they have already.
+
+    Args:
+        grid: Flower's.
+        pending: of ``send``; what is answered is removed from it.
+        started: moment that seconds count from, as ``time.monotonic`` tells it.
+        timeout: seconds.
+        read: as in ``ask``.
+    """
+    answers = Answers()
     pause, most = POLL_SECONDS
     sleep = getattr(grid, "idle", time.sleep)  # a local grid feeds its workers meanwhile
-    while pending and time.monotonic() - started < timeout:
+    while pending:
         before = len(pending)
         for message_id in list(pending):
             for message in grid.pull_messages([message_id]):
@@ -92,108 +119,18 @@ def ask(
                 else:
                     answers.replies[name] = read(name, message.content)
         pause = POLL_SECONDS[0] if len(pending) < before else min(2 * pause, most)
+        if time.monotonic() - started >= timeout:
+            break
         if pending:
             sleep(pause)
-    answers.silent.extend(sorted(unsent | set(pending.values())))
     return answers
-
-
-def connect(grid: Grid, config: FederationConfig, fingerprint: str, overrides: str) -> dict[str, int]:
-    """Greet nodes as they connect, and keep the sites that train the same backbone.
-
-    Args:
-        grid: Flower's.
-        config: ``sites``, ``min_sites``, ``connect_timeout``.
-        fingerprint: of the server's backbone.
-        overrides: the run's configuration, from which a site builds its own backbone.
-
-    Returns:
-        Node id by site name, sorted by name, at most ``sites`` of them.
-
-    Raises:
-        FederationError: fewer usable sites than the quorum in time; names the others with codes.
-    """
-    hello = RecordDict({"config": ConfigRecord({"overrides": overrides})})
-    deadline, said = time.monotonic() + config.connect_timeout, -SAY_SECONDS
-    sites: dict[str, int] = {}
-    excluded: dict[str, str] = {}
-    greeted: set[int] = set()
-    news = time.monotonic()
-    while len(sites) < config.sites and (left := deadline - time.monotonic()) > 0:
-        fresh = sorted(set(grid.get_node_ids()) - greeted)
-        greeted |= set(fresh)
-        if fresh:
-            answers = ask(grid, {f"node {n}": (n, hello) for n in fresh}, HELLO, left, "hello")
-            _admit(answers, {f"node {n}": n for n in fresh}, fingerprint, sites, excluded)
-            news = time.monotonic()
-        elif len(sites) + len(excluded) >= config.sites and time.monotonic() - news >= SETTLE_SECONDS:
-            break
-        elif time.monotonic() - said >= SAY_SECONDS:
-            said = time.monotonic()
-            say(f"waiting for {config.sites} sites: {len(sites)} ready on {len(greeted)} node(s)")
-        else:
-            time.sleep(POLL_SECONDS[1])
-    return _chosen(sites, excluded, len(greeted), config)
 
 
 def status_of(reply: RecordDict) -> tuple[str, str]:
     """Read a reply's status record: (site name or "", error code or ""); nothing in it is trusted."""
     record = reply.config_records.get("status", {})
     name, code = str(record.get("site", "")), str(record.get("code", ""))
-    name = name if _NAME.fullmatch(name) else ""
+    name = name if NAME.fullmatch(name) else ""
     if record.get("status") == "ok":
         return name, ""
     return name, code if _CODE.fullmatch(code) else "malformed"
-
-
-def _admit(
-    answers: Answers, nodes: dict[str, int], fingerprint: str, sites: dict[str, int], excluded: dict[str, str]
-) -> None:
-    """File the sites of fresh nodes under ``sites`` or, with a code, under ``excluded``."""
-    excluded |= answers.errors | dict.fromkeys(answers.silent, "silent")
-    for label, reply in answers.replies.items():
-        for name, code in _greeting(reply, fingerprint, label):
-            if name in sites or name in excluded:
-                sites.pop(name, None)
-                excluded[name] = "duplicate_name"
-            elif code:
-                excluded[name] = code
-            else:
-                sites[name] = nodes[label]
-
-
-def _greeting(reply: RecordDict, fingerprint: str, label: str) -> list[tuple[str, str]]:
-    """Return each site of a node and why it cannot take part, "" if it can."""
-    name, code = status_of(reply)
-    if code:
-        return [(name or label, code)]
-    record = reply.config_records["status"]
-    if record.get("idle"):
-        return []
-    names = record.get("sites")
-    if not isinstance(names, list) or not all(isinstance(n, str) and _NAME.fullmatch(n) for n in names):
-        return [(label, "malformed")]
-    code = "" if record.get("fingerprint") == fingerprint else "backbone_mismatch"
-    return [(str(n), code) for n in names]
-
-
-def _chosen(
-    sites: dict[str, int], excluded: dict[str, str], nodes: int, config: FederationConfig
-) -> dict[str, int]:
-    for name, code in sorted(excluded.items()):
-        advice = _ADVICE.get(code, " (see client.log in its state folder)")
-        warn(f"{name} is left out of this run: {code}{advice}")
-    names = sorted(sites)[: config.sites]
-    needed = quorum(config)
-    if len(names) < needed:
-        codes = [f"{list(excluded.values()).count(c)} x {c}" for c in sorted(set(excluded.values()))]
-        raise FederationError(
-            f"{len(names)} usable site(s) on {nodes} node(s), {needed} are needed (federation.min_sites, "
-            f"{config.strategy}); left out: {', '.join(codes) or 'none'}"
-        )
-    if len(names) < config.sites:
-        warn(f"{len(names)} of {config.sites} sites are ready; going on with them")
-    if len(names) < len(sites):
-        warn(f"federation.sites={config.sites}: not used: {', '.join(sorted(sites)[config.sites :])}")
-    say(f"{len(names)} sites: {', '.join(names)}")
-    return {name: sites[name] for name in names}

@@ -20,6 +20,7 @@ from server.conversation import TRAIN, ask
 from server.folder import RunFolder
 from server.log import say, warn
 from server.norms import bound_of, hold
+from server.roll import Roll
 from server.spool import Spool
 from server.strategy import Aggregator, Contribution, bounded_weights, quorum
 from server.verification import Expectation, RefusedError, read_reply, records_of
@@ -72,7 +73,7 @@ class Rounds:
 
     Args:
         grid: Flower's.
-        sites: node id by site name.
+        roll: the sites, called.
         folder: the run folder.
         overrides: what the sites compose their configuration from.
         weights: global weights by name, fp32; of the initial model or of the round to continue.
@@ -82,13 +83,13 @@ class Rounds:
     def __init__(
         self,
         grid: Grid,
-        sites: dict[str, int],
+        roll: Roll,
         folder: RunFolder,
         overrides: str,
         weights: dict[str, Tensor],
         strategy: dict[str, Tensor],
     ):
-        self.grid, self.sites, self.folder, self.overrides = grid, sites, folder, overrides
+        self.grid, self.roll, self.folder, self.overrides = grid, roll, folder, overrides
         self.config = folder.config.federation
         self.shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         self.flat = payload.pack(weights, list(weights), "fp32").flat
@@ -122,9 +123,10 @@ class Rounds:
 
     def _aggregated(self, number: int, spool: Spool) -> bool:
         started = time.monotonic()
+        self.roll.look(number)
         outcome = self._exchange(number, spool)
         self.spent |= {name for name, code in outcome.refused.items() if code == BudgetSpentError.code}
-        if self.spent.issuperset(self.sites):
+        if self.spent.issuperset(self.roll.sites):
             self.folder.add_metrics(outcome.rows)  # who refused, for the report
             return False
         if len(outcome.valid) < self.aggregator.quorum:
@@ -146,7 +148,7 @@ class Rounds:
 
     def _exchange(self, number: int, spool: Spool) -> Outcome:
         """Send the weights out and verify what comes back, each answer as it arrives."""
-        able = [name for name in self.sites if name not in self.spent]
+        able = [name for name in self.roll.sites if name not in self.spent]
         names = participants(able, self.config, self.folder.config.seed, number)
         down = payload.repack(self.flat, self.shapes, self.config.payload_dtype)
         shared = records_of(down)
@@ -210,7 +212,7 @@ class Rounds:
                 "counted": self.counted.get(name, 0),
             }
         )
-        return self.sites[name], RecordDict({**shared, "config": orders})
+        return self.roll.sites[name], RecordDict({**shared, "config": orders})
 
     def _keep(self, number: int, facts: dict[str, Any]) -> None:
         """Write the round's checkpoint."""

@@ -38,4 +38,4 @@ def two_labs(pictures, tmp_path_factory):
 @pytest.fixture
 def impatient(monkeypatch):
     """A server that does not wait for more sites than have come."""
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 0.0)

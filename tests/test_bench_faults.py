@@ -16,8 +16,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from benchmarks import faults
-from benchmarks.fault_cases import byzantine, crash, inputs, replies, soak, ten_labs
+from benchmarks.fault_cases import (
+    byzantine, crash, growth, inputs, replies, soak, soak_processes, ten_labs,
+)  # fmt: skip
 from benchmarks.fault_cases.case import BrokenPromiseError, Case, expect, judge
+from simulation.deploy import Deployment
+from simulation.processes import wait_until
 from sparsecontrast import checkpoint, payload
 from sparsecontrast.egress import EgressLog
 from tests.ledgers import charged
@@ -185,3 +189,66 @@ def test_the_bar_of_lying_sites_must_be_missed_by_what_was_never_trained(worth, 
     assert {rows[fault] for fault in controls} == {worth > byzantine.ALLOWED}
     for fault in set(rows) - controls:
         assert rows[fault] == (not (worth and fault.startswith("krum"))), fault
+
+
+def watched(rounds=12):
+    """What a look at two processes gives that do not grow, after each round."""
+    flat = [100.0 + 0.1 * (i % 2) for i in range(rounds)]
+    return soak_processes.Seen(
+        rounds=[*range(1, rounds + 1)],
+        memory={"superlink program 7": [*flat], "a template 8": [*flat]},
+        files={"superlink program 7": [9.0, 12.0] * (rounds // 2), "a template 8": [5.0] * rounds},
+        ports=[4.0] * rounds,
+        zombies=[0.0, 1.0] * (rounds // 2),
+        disk={"tmp": [8.0] * rounds, "run": [float(i) for i in range(rounds)], "states": [*flat]},
+    )
+
+
+def ramp(series, step):
+    return [value + step * i for i, value in enumerate(series)]
+
+
+GROWN = {
+    "memory of a template": lambda seen: seen.memory.update({"a template 8": ramp([100.0] * 12, 1.5)}),
+    "files of superlink": lambda seen: seen.files.update({"superlink program 7": ramp([9.0] * 12, 1)}),
+    "zombies": lambda seen: setattr(seen, "zombies", ramp([0.0] * 12, 1)),
+    "ports": lambda seen: setattr(seen, "ports", [4.0] * 11 + [5.0]),
+    "tmp grows": lambda seen: seen.disk.update(tmp=ramp([8.0] * 12, 0.25)),
+    "states grows": lambda seen: seen.disk.update(states=ramp([8.0] * 12, 200)),
+    "still there a round later": lambda seen: seen.stale.append("client 9 after round 3"),
+    "not there for the whole run": lambda seen: seen.memory.update({"a template 10": [100.0] * 6}),
+    "looked after 9 of 12 rounds": lambda seen: setattr(seen, "rounds", [*range(1, 10)]),
+}
+
+
+def test_a_long_run_of_processes_that_do_not_grow_is_withstood():
+    found = soak_processes.judged(watched(), 12, 4)
+    assert found["a_round"]["run_kib"] == 1.0 and abs(found["a_round"]["template_memory"]) < 0.02
+
+
+@pytest.mark.parametrize("what", GROWN)
+def test_whatever_grows_from_round_to_round_is_named(what):
+    seen = watched()
+    GROWN[what](seen)
+    with pytest.raises(BrokenPromiseError, match=what):
+        soak_processes.judged(seen, 12, 4)
+
+
+def test_processes_are_told_apart_and_their_ports_and_files_counted(tmp_path):
+    code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(1, flush=True)"
+    code += "; time.sleep(60)"
+    with Deployment(tmp_path / "d", ("north",)) as deployment:
+        deployment.folder.mkdir()
+        script = tmp_path / "run.sh"
+        script.write_text(f'{sys.executable} -c "{code}" flwr-clientapp &\nwait\n')
+        program = deployment.launch("north", script)
+        wait_until(lambda: deployment.log("north").exists() and deployment.log("north").read_text(), 60)
+        found = {p.name: p for p in soak_processes.family(deployment)}
+        assert set(found) == {"north program", "north client"} and found["north program"].pid == program.pid
+        client = found["north client"]
+        assert client.parent == program.pid and not client.zombie
+        assert len(growth.ports(client.pid)) == 1 and not growth.ports(program.pid)
+        assert growth.proportional(client.pid) > 1
+        (deployment.folder / "tmp" / "empty").mkdir(parents=True)
+        (deployment.folder / "tmp" / "file").write_bytes(bytes(2048))
+        assert soak_processes.sizes(deployment)["tmp"] == 2 + 0.5

@@ -23,7 +23,7 @@ PHANTOMS = (*MODEL, "federation.sites=2", "federation.rounds=1", "data.phantom.s
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

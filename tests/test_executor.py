@@ -273,14 +273,19 @@ def test_flowers_supernode_sleeps_by_the_name_that_is_replaced(monkeypatch):
     """It asks the module's own ``time`` to wait for a reply, and three seconds where there is no work."""
     slept, answers = [], iter([[]])
     monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)  # undone at the end
+    now = [1000.0]
     monkeypatch.setattr(node.time, "sleep", slept.append)
+    monkeypatch.setattr(node.time, "monotonic", lambda: now[0])
     node.hurry(start_client_internal)
     with pytest.raises(StopIteration):
         start_client_internal._push_messages(
             state=SimpleNamespace(get_messages_legacy=lambda **_: next(answers)),
             object_store=None, send=None, push_object=None,
         )  # fmt: skip
+    start_client_internal.time.sleep(3)  # an answer was just given
+    now[0] += node.SOON_FOR
     start_client_internal.time.sleep(3)
-    assert slept == [0.5, node.POLL_SECONDS]
+    assert slept == [node.LOOK_SECONDS, node.SOON_SECONDS, node.POLL_SECONDS]
+    assert f"time.sleep({node.FLOWERS_LOOK})" in inspect.getsource(start_client_internal._push_messages)
     assert "time.sleep(3)" in inspect.getsource(start_client_internal.start_client_internal)
-    assert start_client_internal.time.monotonic is time.monotonic
+    assert start_client_internal.time.time is time.time

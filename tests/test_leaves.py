@@ -88,7 +88,7 @@ def test_no_name_or_path_leaves(left_the_site):
 
 
 def test_an_exception_leaves_as_a_code_and_stays_in_the_sites_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 0.0)
     import yaml
 
     from sparsecontrast.errors import FederationError, QuorumError

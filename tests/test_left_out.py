@@ -17,7 +17,7 @@ from tests.federations import DirectGrid, partitions, rows, serve, words, write_
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 0.0)
 
 
 def test_small_and_unreadable_sites_are_named_and_the_run_goes_on(tmp_path):
@@ -128,7 +128,7 @@ def test_nobody_with_the_servers_backbone_is_a_clear_error(tmp_path):
 
 def test_a_late_site_is_waited_for_beside_a_useless_node(tmp_path, monkeypatch):
     """Three nodes have answered, one cannot be used: the third hospital connects a moment later."""
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 30.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 30.0)
     index = write_images(tmp_path / "images", {"x": 4})
     names = {"a": [], "b": [], "odd": ["backbone.depth=2"], "late": []}
     nodes = [site_file(tmp_path / name, name, index, *more) for name, more in names.items()]

@@ -13,7 +13,7 @@ from tests.federations import partitions, rows, serve, words
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tests.tiny import make_run
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr("server.conversation.SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr("server.roll.SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

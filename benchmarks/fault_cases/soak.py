@@ -1,19 +1,21 @@
 """24 rounds of ten sites in one go: memory stays flat, and nothing is left open or running.
 
-The server and its workers are looked at after every round: resident memory, open files, processes, sockets.
-The first rounds warm up (imports, caches, compiled kernels); over the rest the slope of memory, by least
-squares, may add no more than ``GROWTH`` over all 24 rounds.
+Twice: on a local grid, and with real processes (``soak_processes``). On the grid the server and its workers
+are looked at after every round: resident memory, open files, processes, sockets. The first rounds warm up
+(imports, caches, compiled kernels); over the rest the slope of memory, by least squares, may add no more than
+``GROWTH`` over all 24 rounds.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-import numpy as np
-
+from benchmarks.fault_cases import soak_processes
 from benchmarks.fault_cases.case import Case, Found, expect
+from benchmarks.fault_cases.growth import resident, slope
 from benchmarks.fault_cases.wire import Trouble, Wire, nodes, quiet, serve, whole_rounds, words
 
 SITES, ROUNDS, WARM = 10, 24, 8
@@ -46,8 +48,15 @@ class Watch(Trouble):
 
 @contextlib.contextmanager
 def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
-    """Give the one case."""
-    yield [Case("soak", f"{ROUNDS} rounds of {SITES} sites", soak)]
+    """Give both cases."""
+    yield [
+        Case("soak", f"{ROUNDS} rounds of {SITES} sites", soak),
+        Case(
+            "soak",
+            f"{ROUNDS} rounds of {SITES} sites, real processes",
+            partial(soak_processes.soak, sites=SITES, rounds=ROUNDS, warm=WARM),
+        ),
+    ]
 
 
 def soak(folder: Path) -> Found:
@@ -77,21 +86,6 @@ def soak(folder: Path) -> Found:
     server, worker = (round(one, 4) for one, _ in slopes)
     found = f"{text}; files, processes and ports as they were"
     return {"found": found, "server_mib_a_round": server, "worker_mib_a_round": worker}
-
-
-def slope(values: list[float]) -> tuple[float, float]:
-    """Least squares: slope a step, and its standard error."""
-    y, x = np.array(values), np.arange(len(values), dtype=float)
-    x -= x.mean()
-    found = float((x * y).sum() / (x * x).sum())
-    rest = y - y.mean() - found * x
-    return found, float(np.sqrt((rest**2).sum() / (len(y) - 2) / (x * x).sum()))
-
-
-def resident(pid: int) -> float:
-    """Resident memory, MiB."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def children() -> set[int]:
