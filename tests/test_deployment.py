@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
+from benchmarks.fault_cases.case import BrokenPromiseError
 from benchmarks.fault_cases.fronts import passing_on
-from benchmarks.fault_cases.transport import IN_ORDER, KINDS, Strangers, copy_of, outcome
+from benchmarks.fault_cases.transport import IN_ORDER, KINDS, UNREGISTERED, Strangers, copy_of, outcome
 from simulation.deploy import LET_IN, ROOT, Deployment
 from sparsecontrast import checkpoint
 from sparsecontrast.egress import EgressLog
@@ -128,9 +129,22 @@ def test_strangers_are_refused_each_for_its_own_reason(federation):
     """The node that all of them copy gets in, by the same way, with a certificate as it should be."""
     with contextlib.ExitStack() as stack:
         strangers = Strangers(federation, stack)
-        codes = {kind: strangers.refused(kind) for kind in KINDS}
-    assert [kind for kind, code in codes.items() if code == LET_IN] == [IN_ORDER]
-    assert len(codes) == 7
+        told = {kind: strangers.refused(kind) for kind in KINDS}
+    assert [kind for kind, why in told.items() if why == LET_IN] == [IN_ORDER]
+    assert len(told) == len(set(told.values())) == 7
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("expired", "ca.crt"), (UNREGISTERED, "node.key")])
+def test_a_node_with_a_torn_kit_is_not_counted_as_turned_away(federation, kind, missing):
+    class Torn(Strangers):
+        def kit(self, kind):
+            shutil.rmtree(federation.folder / "strangers" / kind, ignore_errors=True)
+            kit = super().kit(kind)
+            (kit / missing).unlink()
+            return kit
+
+    with contextlib.ExitStack() as stack, pytest.raises(BrokenPromiseError, match="for another reason"):
+        Torn(federation, stack).refused(kind)
 
 
 def below(federation, pid):

@@ -1,7 +1,9 @@
 """Nodes that are none of the federation's: each is turned away, for its own reason, and the real one gets in.
 
 All are copies of one registered hospital's kit with one thing wrong. The one with nothing wrong goes the same
-way, through a front of its own, so that it is not the way that is refused.
+way, through a front of its own, so that it is not the way that is refused. A node may end for many reasons, a
+torn kit among them, so that it ended proves nothing: its log must give the reason that belongs to its kind,
+and the SuperLink's log must agree.
 """
 
 import contextlib
@@ -14,6 +16,8 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from cryptography.hazmat.primitives import serialization
+
 from benchmarks.fault_cases.case import Case, Found, expect
 from benchmarks.fault_cases.fronts import passing_on
 from simulation.deploy import LET_IN, Deployment
@@ -24,7 +28,19 @@ PATIENCE = 180.0  # seconds
 IN_ORDER = "in order"
 CERTIFICATES = ("wrong name", "expired", "wrong authority")
 PLAIN = ("plain HTTP", "plain HTTP, with the key")
-KINDS = (IN_ORDER, *CERTIFICATES, "unregistered key", *PLAIN)
+UNREGISTERED = "unregistered key"
+KINDS = (IN_ORDER, *CERTIFICATES, UNREGISTERED, *PLAIN)
+# Flower's exit code and what its node says, in Flower 1.41; the process itself ends with 1 whatever happened
+REASONS = {
+    "wrong name": (305, "certificate verify failed: IP address mismatch"),
+    "expired": (305, "certificate verify failed: certificate has expired"),
+    "wrong authority": (305, "certificate verify failed: unable to get local issuer certificate"),
+    UNREGISTERED: (305, "Failed to activate SuperNode"),  # why, the SuperLink alone writes
+    "plain HTTP": (305, "Server disconnected without sending a response"),
+    "plain HTTP, with the key": (303, "SuperNode authentication requires a secure TLS connection"),
+}
+UNKNOWN_KEY = "No SuperNode found with the given public key"
+ADMITTED = ("[Fleet.ActivateNode] Activated", "/v1/fleet/register-node")  # neither may stand there
 
 
 class Strangers:
@@ -44,7 +60,7 @@ class Strangers:
             front = passing_on(self._pem(kind), self.federation.plan.server.bind)
             return copy_of(self.federation, SITE, kind, SUPERLINK=self.stack.enter_context(front))
         kit = copy_of(self.federation, SITE, kind)
-        if kind == "unregistered key":
+        if kind == UNREGISTERED:
             (kit / "node.key").write_bytes(site_key(SITE)[0])
             return kit
         script = kit / "supernode.sh"
@@ -57,20 +73,24 @@ class Strangers:
         return kit
 
     def refused(self, kind: str) -> str:
-        """Start a node of one kind; returns how it ended, ``LET_IN`` where it got in."""
+        """Start a node of one kind; returns why it was turned away, ``LET_IN`` where it got in.
+
+        Raises:
+            BrokenPromiseError: it neither got in nor ended, or it ended for another reason than its own.
+        """
         if kind == IN_ORDER:  # its key is a real node's, which may not have said goodbye
             self.federation.let_in(kind, self.kit(kind) / "supernode.sh")
             self.federation.end_one(kind)
             return LET_IN
-        code = outcome(self.federation, kind, self.kit(kind))
+        kit, logs = self.kit(kind), [self.federation.log(name) for name in (kind, "superlink")]
+        before = [log.stat().st_size if log.exists() else 0 for log in logs]
+        code = outcome(self.federation, kind, kit)
         if code == LET_IN:
             return LET_IN
         expect(code not in (0, None), f"neither in nor out: {code}")
-        text = self.federation.log(kind).read_text(errors="replace")
-        expect(
-            kind not in CERTIFICATES or "certificate" in text.lower(), f"for another reason: {text[-200:]}"
-        )
-        return f"exit status {code}"
+        new = zip(logs, before, strict=True)
+        said, heard = (log.read_bytes()[size:].decode(errors="replace") for log, size in new)
+        return reason(kind, said, heard, kit / "node.key")
 
     def _pem(self, kind: str) -> Path:
         folder, ours = self.federation.folder, self.federation.kits.authority()
@@ -102,11 +122,41 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
             def work(_: Path) -> Found:
                 found = strangers().refused(kind)
                 expect((found == LET_IN) == (kind == IN_ORDER), f"{kind}: {found}")
-                return {"found": "let in, as it should be" if found == LET_IN else f"turned away, {found}"}
+                return {"found": "let in, as it should be" if found == LET_IN else f"turned away: {found}"}
 
             return Case("transport", "nothing wrong" if kind == IN_ORDER else kind, work)
 
         yield [of(kind) for kind in KINDS]
+
+
+def reason(kind: str, said: str, heard: str, key: Path) -> str:
+    """Read off both logs why a node of one kind was turned away.
+
+    Args:
+        kind: one of ``REASONS``.
+        said: what the node's log has since it was started.
+        heard: what the SuperLink's log has since then.
+        key: the node's private key.
+
+    Raises:
+        BrokenPromiseError: it ended for another reason, or the SuperLink's log does not agree.
+    """
+    code, words = REASONS[kind]
+    flat = " ".join(said.split())
+    expect(f"Exit Code: {code} " in flat and words in flat, f"ended for another reason: {flat[-250:]}")
+    expect(not [w for w in ADMITTED if w in heard], f"the SuperLink let somebody in: {heard[-250:]}")
+    if kind == UNREGISTERED:
+        named = f"{public_pem(key)!r}, exception: {UNKNOWN_KEY}"
+        expect(named in heard, f"the SuperLink did not refuse this key: {heard[-250:]}")
+        words = UNKNOWN_KEY
+    return f"{words} (Flower's exit code {code})"
+
+
+def public_pem(key: Path) -> bytes:
+    """Return the public half of a private key in OpenSSH's format, as the SuperLink's log spells it."""
+    private = serialization.load_ssh_private_key(key.read_bytes(), None)
+    kind = serialization.PublicFormat.SubjectPublicKeyInfo
+    return private.public_key().public_bytes(serialization.Encoding.PEM, kind)
 
 
 def copy_of(federation: Deployment, site: str, name: str, **settings: str) -> Path:
