@@ -27,14 +27,14 @@ from benchmarks import cells_arms
 from benchmarks.quality import T_975
 from benchmarks.record import print_table, write_result
 from benchmarks.stopwatch import cpu_clock, interleave, ratio
-from sparsecontrast.classify import fit as training
 from sparsecontrast.classify import scores
 from sparsecontrast.classify.augment import normalise
 from sparsecontrast.classify.cells import Cells, class_weights, load_cells, split_cells
+from sparsecontrast.classify.fit import logits
+from sparsecontrast.classify.recipe import train_classifier
 from sparsecontrast.classify.settings import ClassifyConfig, compose_classify
 from sparsecontrast.config import as_dict
 from sparsecontrast.durable import write_bytes
-from sparsecontrast.methods.sparse_attn_net import SparseAttnNet
 
 REFERENCE = "small_cnn"
 LABS = ("bccd", "tecom_jiangxi")
@@ -77,15 +77,18 @@ def train_once(config: ClassifyConfig, cells: Cells, arm: str) -> dict[str, Any]
     """Train one arm on the split of ``config`` and score it on the test cells."""
     split = split_cells(cells, config.cells, config.seed)
     count = len(cells.classes)
-    weights = class_weights(cells.labels[split.train], count, config.train.balance)
-    network = cells_arms.build_arm(arm, config, count, weights)
-    done = training.fit(network, cells, split, config.train, config.seed)
+
+    def make(rows: torch.Tensor) -> torch.nn.Module:
+        weights = class_weights(cells.labels[rows], count, config.train.balance)
+        return cells_arms.build_arm(arm, config, count, weights)
+
+    network, done = train_classifier(make, cells, split, config.train, config.seed)
     labels = cells.labels[split.test].numpy()
-    said = training.logits(network, cells.images[split.test]).argmax(1).numpy()
+    said = logits(network, cells.images[split.test]).argmax(1).numpy()
     return {
         "accuracy": scores.accuracy(labels, said, count), "macro_f1": scores.macro_f1(labels, said, count),
         "images": len(labels), "epoch": done.epoch, "seconds": round(done.seconds, 1),
-        "ks": [row["k"] for row in done.rows] if isinstance(network, SparseAttnNet) else [],
+        "ks": [row["k"] for row in done.rows if "change" in row],
         **cells_arms.facts(network, config.train.image_size),
     }  # fmt: skip
 

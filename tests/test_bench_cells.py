@@ -22,6 +22,13 @@ def test_the_bars_that_need_no_training():
     assert ours["mflops"] < cnn["mflops"]
 
 
+def test_the_choices_compared_at_equal_k_all_read_15_percent_and_keep_to_it():
+    names = ("sparse_attn_net_15", "random", "threshold")
+    nets = [arm(name) for name in names]
+    assert [net.config.selection for net in nets] == ["learned", "random", "threshold"]
+    assert all(net.floor == net.ceiling == 38 for net in nets) and arm("sparse_attn_net").floor == 30
+
+
 def test_operations_are_counted_by_hand_too():
     """Twice the multiply-adds of every product, with CLS alone in the last block; coarse map first."""
     net = arm("sparse_attn_net")
