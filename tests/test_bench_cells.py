@@ -93,3 +93,5 @@ def test_a_second_call_trains_nothing_again_unless_something_changed(tmp_path, m
     assert (rows["random"]["delta"], rows["random"]["delta_high"]) == pytest.approx((-0.05, -0.05))
     assert "delta" not in rows["small_cnn"] and rows["small_cnn"]["each_seed"] == "0.550 0.650"
     assert str(tmp_path) not in (tmp_path / "c.json").read_text()
+    told = json.loads((tmp_path / "c.json").read_text())["command"]
+    assert told == "python -m benchmarks.cells --quick --arms random small_cnn"

@@ -59,7 +59,8 @@ def train(config: ClassifyConfig, show: bool = True) -> Path:
     text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
     try:
-        with progress("Training", config.train.epochs * (1 + config.train.refit), show) as tick:
+        passes = 1 + (config.train.refit and config.method.share_floor < config.method.share)
+        with progress("Training", passes * config.train.epochs, show) as tick:
             network, done = train_classifier(
                 lambda rows: build(config, cells, rows), cells, split, config.train, config.seed, tick
             )
