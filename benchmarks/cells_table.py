@@ -4,7 +4,12 @@ from typing import Any
 
 from benchmarks.committed import markdown, rows
 
-NAMES = {"sparse_attn_net": "**SparseAttnNet**", "small_cnn": "small CNN", "vit_tiny": "ViT-tiny"}
+NAMES = {
+    "sparse_attn_net": "**SparseAttnNet**",
+    "sparse_attn_net_15": "SparseAttnNet, k held",
+    "small_cnn": "small CNN",
+    "vit_tiny": "ViT-tiny",
+}
 HEAD = (
     "task", "arm", "macro-F1", "− CNN", "accuracy", "pixels", "weights", "MFLOP", "time x CNN", "of 32",
     "each seed",

@@ -22,6 +22,13 @@ def test_the_bars_that_need_no_training():
     assert ours["mflops"] < cnn["mflops"]
 
 
+def test_the_choices_compared_at_equal_k_all_read_15_percent_and_keep_to_it():
+    names = ("sparse_attn_net_15", "random", "threshold")
+    nets = [arm(name) for name in names]
+    assert [net.config.selection for net in nets] == ["learned", "random", "threshold"]
+    assert all(net.floor == net.ceiling == 38 for net in nets) and arm("sparse_attn_net").floor == 30
+
+
 def test_operations_are_counted_by_hand_too():
     """Twice the multiply-adds of every product, with CLS alone in the last block; coarse map first."""
     net = arm("sparse_attn_net")
@@ -86,3 +93,5 @@ def test_a_second_call_trains_nothing_again_unless_something_changed(tmp_path, m
     assert (rows["random"]["delta"], rows["random"]["delta_high"]) == pytest.approx((-0.05, -0.05))
     assert "delta" not in rows["small_cnn"] and rows["small_cnn"]["each_seed"] == "0.550 0.650"
     assert str(tmp_path) not in (tmp_path / "c.json").read_text()
+    told = json.loads((tmp_path / "c.json").read_text())["command"]
+    assert told == "python -m benchmarks.cells --quick --arms random small_cnn"

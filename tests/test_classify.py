@@ -171,7 +171,9 @@ def test_the_interval_is_wider_when_groups_hold_more_pictures():
 
 def test_a_run_folder_is_whole_and_reads_back_what_was_trained(run_dir, folder):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert [(row["pass"], row["epoch"]) for row in rows] == [
+        (name, epoch) for name in ("search", "refit") for epoch in (1, 2, 3, 4)
+    ]
     assert {"loss", "held_out_loss", "held_out_accuracy", "k", "lr"} <= rows[0].keys()
     found = json.loads((run_dir / "evaluation.json").read_text())
     assert [one["lab"] for one in found["tested"]] == ["all", "grey", "yellow"]
@@ -196,7 +198,8 @@ def test_the_report_names_the_cells_and_no_path(run_dir, folder):
     assert page.count("data:image/jpeg;base64,") == 3 * 5
     assert str(folder) not in page and "grey_disc" not in page and "<script" not in page
     assert not re.search(r"https?://", page)
-    assert "chosen by a coarse look at all</h1>" in page and "framed in zeros" in page
+    assert "chosen by a coarse look at all</h1>" in page and "framed in zeros" not in page
+    assert "a new network was trained with that share on all" in page
     assert "class rare: 3 pictures, too few" in page and "% of the pixels" in page
 
 
@@ -220,15 +223,40 @@ def test_training_ends_when_the_held_out_loss_no_longer_falls(folder):
     config = configured(folder, "train.epochs=30", "train.patience=2", "train.lr=1e-12", "train.ema=0")
     cells = load_cells(config.cells, 32)
     split = split_cells(cells, config.cells, 0)
-    done = fit(build(config, cells, split), cells, split, config.train, 0)
+    done = fit(build(config, cells, split.train), cells, split, config.train, 0)
     assert len(done.rows) < 30 and len(done.rows) == done.epoch + 2
 
 
-def test_the_weights_kept_are_those_of_the_best_epoch(run_dir):
+def test_the_words_read_are_as_many_as_at_the_lowest_held_out_loss(run_dir):
     run = read_trained(run_dir)
-    losses = [row["held_out_loss"] for row in run.rows]
-    assert run.facts["epoch"] == 1 + int(np.argmin(losses))
+    searched = [row for row in run.rows if row["pass"] == "search"]
+    best = min(searched, key=lambda row: row["held_out_loss"])
+    assert run.network.k == run.facts["k"] == best["k"]
+
+
+def test_a_run_without_refit_keeps_the_best_epoch_and_says_so(folder, tmp_path):
+    words = [*WORDS, f"cells.root={folder}", f"output_dir={tmp_path}", "train.refit=false"]
+    assert main(["classify", "train", *words]) == 0
+    run = read_trained(tmp_path)
+    assert run.facts["epoch"] == 1 + int(np.argmin([row["held_out_loss"] for row in run.rows]))
     assert run.network.k == run.rows[run.facts["epoch"] - 1]["k"]
+    assert (
+        f"The weights kept are those of epoch {run.facts['epoch']}." in (tmp_path / "report.html").read_text()
+    )
+
+
+def test_a_run_of_before_there_was_a_choice_reads_as_it_was_trained(run_dir, folder, tmp_path):
+    """Its configuration names neither ``refit`` nor ``border``: zeros lay around its coarse map."""
+    words = [*WORDS, f"cells.root={folder}", f"output_dir={tmp_path}"]
+    assert main(["classify", "train", *words, "train.refit=false", "method.border=zeros"]) == 0
+    told = (tmp_path / "config.yaml").read_text()
+    old = "".join(line for line in told.splitlines(True) if "refit" not in line and "border" not in line)
+    assert old != told
+    (tmp_path / "config.yaml").write_text(old)
+    before = (tmp_path / "evaluation.json").read_bytes()
+    assert main(["classify", "evaluate", str(tmp_path)]) == 0
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+    assert "framed in zeros" in (tmp_path / "report.html").read_text()
 
 
 class _Oracle(torch.nn.Module):
@@ -243,7 +271,7 @@ def test_the_map_comes_to_ask_for_what_the_reader_looks_at(folder):
     config = configured(folder)
     cells = load_cells(config.cells, 32)
     split = split_cells(cells, config.cells, 0)
-    network = build(config, cells, split)
+    network = build(config, cells, split.train)
     network.backbone = _Oracle()  # type: ignore[assignment]
     images, generator = normalise(cells.images), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.saliency.parameters(), lr=1e-2)

@@ -53,7 +53,7 @@ def test_training_that_runs_away_says_so_and_leaves_no_run(folder, tmp_path, cap
     assert "lower train.lr" in capsys.readouterr().err and not out.exists()
     assert main(words) == 0  # the folder is free for a better try
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(math.isfinite(row["held_out_loss"]) for row in rows)
+    assert all(math.isfinite(row["loss"]) for row in rows)
 
 
 def test_what_lay_in_the_folder_stays_when_training_fails(folder, tmp_path):
@@ -69,4 +69,4 @@ def test_a_held_out_loss_that_is_no_number_ends_training(folder, monkeypatch):
     split = split_cells(cells, config.cells, 0)
     monkeypatch.setattr(fitting, "held_out", lambda *_: {"held_out_loss": math.inf, "held_out_accuracy": 0.0})
     with pytest.raises(MethodError, match=r"held-out loss is inf in epoch 1; lower train\.lr"):
-        fit(build(config, cells, split), cells, split, config.train, 0)
+        fit(build(config, cells, split.train), cells, split, config.train, 0)

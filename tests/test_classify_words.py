@@ -24,7 +24,7 @@ def changes(folder, monkeypatch, training, held):
     monkeypatch.setattr(
         fitting, "held_out", lambda *_: {"held_out_loss": next(epochs), "held_out_accuracy": 0.5}
     )
-    done = fit(build(config, cells, split), cells, split, config.train, 0)
+    done = fit(build(config, cells, split.train), cells, split, config.train, 0)
     assert [row["loss"] for row in done.rows] == training
     return [row["change"] for row in done.rows], [row["k"] for row in done.rows]
 

@@ -182,3 +182,9 @@ def test_what_cannot_be_is_refused():
 def test_everything_that_is_trained_lies_in_what_may_leave():
     net = network()
     assert net.shared_parameters() == list(net.state_dict())
+
+
+@pytest.mark.parametrize(("border", "flat"), [("replicate", True), ("zeros", False)])
+def test_a_flat_picture_has_a_flat_map_unless_zeros_frame_it(border, flat):
+    coarse = network(border=border).look(torch.full((2, 3, SIZE, SIZE), 0.7)).coarse
+    assert torch.allclose(coarse, coarse[:, :1].expand_as(coarse), atol=1e-6) == flat

@@ -7,7 +7,7 @@ Any network fits that turns ``Labelled`` into a loss of each row and images into
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,23 +60,11 @@ def fit(
     Raises:
         MethodError: a loss is no longer finite; the network is then good for nothing.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = build_optimizer(network, config)
-    steps = config.epochs * math.ceil(len(split.train) / config.batch_size)
-    budget = _word_budget(network)
-    average, best, rows = copy.deepcopy(network).eval(), _Best(), []
-    started, step = time.process_time(), 0
-    for epoch in range(1, config.epochs + 1):
-        network.train()
-        losses, order = [], split.train[torch.randperm(len(split.train), generator=generator)]
-        for chosen in order.split(config.batch_size):
-            set_rate(optimizer, config, step, steps)
-            images = normalise(augment(cells.images[chosen], config.colour, generator))
-            batch = Labelled(images, cells.labels[chosen], generator)
-            losses.append(_finite(train_step(network, optimizer, batch), "loss", epoch))
-            step += 1
-            _follow(average, network, min(config.ema, step / (step + WARM_EMA)))
-        row = {"epoch": epoch, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
+    budget, best, rows = _word_budget(network), _Best(), []
+    started = time.process_time()
+    average = copy.deepcopy(network).eval()
+    for row in _epochs(network, average, cells, split.train, config, seed):
+        epoch = row["epoch"]
         row |= held_out(average, cells, split.val)
         best.see(average, epoch, _finite(row["held_out_loss"], "held-out loss", epoch))
         row |= _adapt(budget, [network, average], row["held_out_loss"])
@@ -86,6 +74,44 @@ def fit(
             break
     best.restore(network)
     return Fitted(best.epoch, rows, time.process_time() - started)
+
+
+def refit(
+    network: nn.Module, cells: Cells, chosen: Tensor, config: FitConfig, seed: int,
+    tick: Callable[[str], None] = lambda text: None,
+) -> Fitted:  # fmt: skip
+    """Train ``network`` in place on rows ``chosen`` for all epochs; it ends with the last averaged weights.
+
+    Nothing is held out: ``k`` stays what it is, and no epoch is preferred. Arguments and errors as ``fit``'s.
+    """
+    started, rows = time.process_time(), []
+    average = copy.deepcopy(network).eval()
+    for row in _epochs(network, average, cells, chosen, config, seed):
+        rows.append(row | ({"k": network.k} if isinstance(network, SparseAttnNet) else {}))
+        tick(f"epoch {row['epoch']}, loss {row['loss']:.3f}")
+    network.load_state_dict(average.state_dict())
+    network.eval()
+    return Fitted(config.epochs, rows, time.process_time() - started)
+
+
+def _epochs(
+    network: nn.Module, average: nn.Module, cells: Cells, rows: Tensor, config: FitConfig, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Train an epoch at a time on ``rows``; ``average`` follows the weights; what each epoch has to tell."""
+    generator, step = torch.Generator().manual_seed(seed), 0
+    optimizer = build_optimizer(network, config)
+    steps = config.epochs * math.ceil(len(rows) / config.batch_size)
+    for epoch in range(1, config.epochs + 1):
+        network.train()
+        losses, order = [], rows[torch.randperm(len(rows), generator=generator)]
+        for chosen in order.split(config.batch_size):
+            set_rate(optimizer, config, step, steps)
+            images = normalise(augment(cells.images[chosen], config.colour, generator))
+            batch = Labelled(images, cells.labels[chosen], generator)
+            losses.append(_finite(train_step(network, optimizer, batch), "loss", epoch))
+            step += 1
+            _follow(average, network, min(config.ema, step / (step + WARM_EMA)))
+        yield {"epoch": epoch, "loss": sum(losses) / len(losses), "lr": optimizer.param_groups[0]["lr"]}
 
 
 def _finite(loss: float, name: str, epoch: int) -> float:

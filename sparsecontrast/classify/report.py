@@ -49,6 +49,7 @@ def write_report(run: Trained, evaluation: dict[str, Any]) -> Path:
         words=evaluation["k"],
         patch=run.config.method.patch,
         size=run.config.train.image_size,
+        border=run.config.method.border,
         parameters=evaluation["parameters"],
         replicates=evaluation["bootstrap"],
         tested=[_result(one, evaluation["classes"]) for one in evaluation["tested"]],
@@ -57,6 +58,7 @@ def write_report(run: Trained, evaluation: dict[str, Any]) -> Path:
         pictures=pictures(run.network, cells, split.test, run.config.evaluation.overlays, run.config.seed),
         charts={"loss": _loss_chart(run), "k": _k_chart(run)},
         epoch=run.facts["epoch"],
+        refit=run.facts.get("refit", False),
         seconds=run.facts["seconds"],
     )
     path = run.folder / "report.html"
@@ -113,10 +115,13 @@ def _score_chart(evaluation: dict[str, Any]) -> Any:
 def _loss_chart(run: Trained) -> Any:
     if run.federated is not None:
         return _rounds_chart(run.rows)
-    x = [row["epoch"] for row in run.rows]
+    rows = _searched(run)
+    if not rows:
+        return None
+    x = [row["epoch"] for row in rows]
     lines = [
-        Line("held-out", x, [row["held_out_loss"] for row in run.rows]),
-        Line("held-out, smoothed", x, [row["smoothed"] for row in run.rows], "dashed", 1),
+        Line("held-out", x, [row["held_out_loss"] for row in rows]),
+        Line("held-out, smoothed", x, [row["smoothed"] for row in rows], "dashed", 1),
     ]
     return line_chart(lines, "loss by epoch", "epoch", "cross-entropy", zero=True)
 
@@ -136,13 +141,20 @@ def _rounds_chart(rows: list[dict[str, Any]]) -> Any:
 def _k_chart(run: Trained) -> Any:
     if run.federated is not None:
         return None
-    total = run.network.grid[0] * run.network.grid[1]
-    x = [row["epoch"] for row in run.rows]
+    total, rows = run.network.grid[0] * run.network.grid[1], _searched(run)
+    if not rows:
+        return None
+    x = [row["epoch"] for row in rows]
     lines = [
-        Line("pixels read", x, [100 * row["k"] / total for row in run.rows]),
+        Line("pixels read", x, [100 * row["k"] / total for row in rows]),
         Line("at most", x, [100 * run.network.ceiling / total] * len(x), "dashed", 1),
     ]
     return line_chart(lines, "share of the pixels read, by epoch", "epoch", "% of the pixels", zero=True)
+
+
+def _searched(run: Trained) -> list[dict[str, Any]]:
+    """Rows of the pass in which cells were held out; none where k had nothing to choose."""
+    return [row for row in run.rows if "held_out_loss" in row]
 
 
 def _left_out(reasons: list[str]) -> list[tuple[str, int]]:

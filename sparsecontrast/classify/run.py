@@ -23,7 +23,8 @@ from sparsecontrast.classify import scores
 from sparsecontrast.classify.augment import normalise
 from sparsecontrast.classify.cells import Cells, Split, class_weights, load_cells, split_cells
 from sparsecontrast.classify.federated_run import read_federated, read_local_only
-from sparsecontrast.classify.fit import BATCH, fit
+from sparsecontrast.classify.fit import BATCH
+from sparsecontrast.classify.recipe import train_classifier
 from sparsecontrast.classify.settings import ClassifyConfig, compose_classify
 from sparsecontrast.classify.trained import Trained
 from sparsecontrast.config import anchored, as_dict
@@ -54,13 +55,15 @@ def train(config: ClassifyConfig, show: bool = True) -> Path:
     torch.set_num_threads(config.train.threads)
     cells = load_cells(config.cells, config.train.image_size)
     split = split_cells(cells, config.cells, config.seed)
-    network = build(config, cells, split)
     config = dataclasses.replace(config, output_dir=str(folder))
     text = yaml.safe_dump({**as_dict(config), "overrides": list(config.overrides)}, sort_keys=False)
     write_bytes(folder / CONFIG, text.encode())
     try:
-        with progress("Training", config.train.epochs, show) as tick:
-            done = fit(network, cells, split, config.train, config.seed, tick)
+        passes = 1 + (config.train.refit and config.method.share_floor < config.method.share)
+        with progress("Training", passes * config.train.epochs, show) as tick:
+            network, done = train_classifier(
+                lambda rows: build(config, cells, rows), cells, split, config.train, config.seed, tick
+            )
     except BaseException:  # an interrupt too: a folder with a configuration alone would be taken for a run
         _take_back(folder)
         raise
@@ -68,6 +71,7 @@ def train(config: ClassifyConfig, show: bool = True) -> Path:
     write_bytes(folder / METRICS, "".join(lines).encode())
     facts = {
         "classes": list(cells.classes), "k": network.k, "ceiling": network.ceiling, "epoch": done.epoch,
+        "refit": config.train.refit,
         "seconds": round(done.seconds, 2), "images": {n: len(r) for n, r in vars(split).items()},
         "sha256": write_tensors(folder / WEIGHTS, network.state_dict()),
     }  # fmt: skip
@@ -82,10 +86,10 @@ def _take_back(folder: Path) -> None:
         folder.rmdir()
 
 
-def build(config: ClassifyConfig, cells: Cells, split: Split) -> SparseAttnNet:
-    """Build the network of a run; the same seed gives the same weights, torch's own generator stays."""
+def build(config: ClassifyConfig, cells: Cells, rows: torch.Tensor) -> SparseAttnNet:
+    """Build the network of a run that trains on ``rows``; the same seed gives the same weights."""
     count = len(cells.classes)
-    weights = class_weights(cells.labels[split.train], count, config.train.balance)
+    weights = class_weights(cells.labels[rows], count, config.train.balance)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return SparseAttnNet(

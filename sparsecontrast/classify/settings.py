@@ -49,6 +49,7 @@ class FitConfig:
     balance: float
     colour: float
     threads: int
+    refit: bool = False  # of runs that were trained before there was a choice
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class SparseAttnConfig:
     mlp_ratio: int
     coarse_width: int
     place_bands: int
+    border: Literal["replicate", "zeros"] = "zeros"  # of runs that were trained before there was a choice
 
 
 class Labelled(NamedTuple):
@@ -78,13 +79,19 @@ class Verdict(NamedTuple):
 
 
 class CoarseMap(nn.Module):
-    """The cheap look at the whole picture: [B, 3, S, S] -> one value a word [B, L]."""
+    """The cheap look at the whole picture: [B, 3, S, S] -> one value a word [B, L].
 
-    def __init__(self, patch: int, width: int):
+    Args:
+        patch: side of a word.
+        width: channels of the convolutions.
+        border: what lies around a map: its own edge (a flat picture has a flat map), or zeros.
+    """
+
+    def __init__(self, patch: int, width: int, border: Literal["replicate", "zeros"]):
         super().__init__()
         self.shrink = nn.Conv2d(3, width, patch, stride=patch)
-        self.around = nn.Conv2d(width, width, 3, padding=1)
-        self.out = nn.Conv2d(width, 1, 3, padding=1)
+        self.around = nn.Conv2d(width, width, 3, padding=1, padding_mode=border)
+        self.out = nn.Conv2d(width, 1, 3, padding=1, padding_mode=border)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the map before its sigmoid, row by row."""
@@ -130,7 +137,7 @@ class SparseAttnNet(nn.Module):
             raise MethodError(f"method.share={config.share}: holds no word of {total}; raise it")
         self.k = self.ceiling
         size = 3 * config.patch**2 + 4 * config.place_bands
-        self.saliency = CoarseMap(config.patch, config.coarse_width)
+        self.saliency = CoarseMap(config.patch, config.coarse_width, config.border)
         self.backbone = WordReader(size, classes, config.width, config.depth, config.heads, config.mlp_ratio)
         weights = torch.ones(classes) if class_weights is None else class_weights
         self.register_buffer("class_weights", weights, persistent=False)
