@@ -6,9 +6,12 @@ known by name. A site is addressed by its name: in a simulation with few SuperNo
 several sites.
 """
 
+import contextvars
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +25,7 @@ from sparsecontrast.settings import FederationConfig
 
 HELLO, TRAIN = "query.hello", "train"
 POLL_SECONDS = (0.02, 0.5)  # between pulls: at first, and at most
+FETCH_SECONDS = 2.0  # for one answer, before the others are asked for again
 SAY_SECONDS = 10.0  # between lines while waiting
 SETTLE_SECONDS = 10.0  # without a new node, when as many as wanted have answered but not all can be used
 _CODE = re.compile(r"[a-z][a-z_]{0,39}")
@@ -60,7 +64,8 @@ def ask(
 ) -> Answers:
     """Send one message for each name and collect the answers until ``timeout`` seconds have passed.
 
-    Answers are fetched one by one, so that one is in memory at a time if ``read`` keeps none.
+    Answers are fetched one by one, so that one is in memory at a time if ``read`` keeps none; but for those
+    that take their time to arrive, whose sites may have lost their line.
 
     Args:
         grid: Flower's.
@@ -79,10 +84,11 @@ def ask(
     unsent = set(letters) - set(pending.values())
     pause, most = POLL_SECONDS
     sleep = getattr(grid, "idle", time.sleep)  # a local grid feeds its workers meanwhile
+    fetching = _Fetching(grid)
     while pending and time.monotonic() - started < timeout:
         before = len(pending)
         for message_id in list(pending):
-            for message in grid.pull_messages([message_id]):
+            for message in fetching.take(message_id, timeout - (time.monotonic() - started)):
                 if message.metadata.reply_to_message_id != message_id or message_id not in pending:
                     continue
                 name = pending.pop(message_id)
@@ -96,6 +102,38 @@ def ask(
             sleep(pause)
     answers.silent.extend(sorted(unsent | set(pending.values())))
     return answers
+
+
+class _Fetching:
+    """Fetches answers so that none holds up the others, or the round.
+
+    Flower's grid hands an answer on when all of it is there, and once its first part is, waits for the rest:
+    for three minutes after each part, whatever the deadline.
+    """
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+        self._started: dict[str, Future[list[Message]]] = {}
+
+    def take(self, message_id: str, seconds: float) -> list[Message]:
+        """Return the answer to a message, or nothing yet; waits for at most ``seconds``, and once."""
+        if hasattr(self._grid, "idle"):  # a local one: answers are whole, workers are fed by this thread
+            return list(self._grid.pull_messages([message_id]))
+        if message_id not in self._started:
+            self._started[message_id] = Future()
+            fetch = contextvars.copy_context().run
+            threading.Thread(target=fetch, args=(self._fetch, message_id), daemon=True).start()
+            wait([self._started[message_id]], min(seconds, FETCH_SECONDS))
+        if not self._started[message_id].done():
+            return []
+        return self._started.pop(message_id).result()
+
+    def _fetch(self, message_id: str) -> None:
+        future = self._started[message_id]
+        try:
+            future.set_result(list(self._grid.pull_messages([message_id])))
+        except BaseException as error:  # noqa: BLE001  for the thread that waits
+            future.set_exception(error)
 
 
 def connect(grid: Grid, config: FederationConfig, fingerprint: str, overrides: str) -> dict[str, int]:
