@@ -44,28 +44,29 @@ class Slow:
         return [Message(message.content, reply_to=message)]
 
 
-def letters(*names):
-    return {
+def asked(grid, timeout, *names):
+    letters = {
         name: (number, RecordDict({"config": ConfigRecord({"site": name})}))
         for number, name in enumerate(names, 1)
     }
+    return ask(grid, letters, "train", timeout, "1")
 
 
 def test_who_never_sends_the_rest_is_silent_and_alone_in_that():
     """Before, the round lasted until Flower gave up, and whoever answered meanwhile was silent too."""
     rest = threading.Event()
     grid = Slow(lambda _: rest)
-    answers = ask(grid, letters("north", "south"), "train", 5.0, "1")
+    answers = asked(grid, 5.0, "north", "south")
     rest.set()
     assert answers.silent == ["north"] and set(answers.replies) == {"south"}
 
 
 def test_an_answer_whose_rest_comes_after_the_next_one_counts():
     grid = Slow(lambda grid: grid.fetched)
-    answers = ask(grid, letters("north", "south"), "train", PATIENCE / 2, "1")
+    answers = asked(grid, PATIENCE / 2, "north", "south")
     assert not answers.silent and set(answers.replies) == {"north", "south"}
 
 
 def test_an_error_of_the_grid_is_the_callers():
     with pytest.raises(ConnectionError, match="no SuperLink"):
-        ask(Slow(lambda _: threading.Event()), letters("broken"), "train", PATIENCE, "1")
+        asked(Slow(lambda _: threading.Event()), PATIENCE, "broken")
