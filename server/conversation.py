@@ -6,9 +6,12 @@ known by name. A site is addressed by its name: in a simulation with few SuperNo
 several sites.
 """
 
+import contextvars
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,7 @@ from flwr.serverapp import Grid
 
 TRAIN = "train"
 POLL_SECONDS = (0.02, 0.5)  # between pulls: at first, and at most
+FETCH_SECONDS = (0.5, 2.0)  # for one answer before the others are asked for again: at least, and at most
 _CODE = re.compile(r"[a-z][a-z_]{0,39}")
 NAME = re.compile(r"[^\x00-\x1f/\\]{1,64}")
 
@@ -48,7 +52,8 @@ def ask(
 ) -> Answers:
     """Send one message for each name and collect the answers until ``timeout`` seconds have passed.
 
-    Answers are fetched one by one, so that one is in memory at a time if ``read`` keeps none.
+    Answers are fetched one by one, so that one is in memory at a time if ``read`` keeps none; but for those
+    that take their time to arrive, whose sites may have lost their line.
 
     Args:
         grid: Flower's.
@@ -93,6 +98,7 @@ def collect(
     started: float,
     timeout: float,
     read: Callable[[str, RecordDict], Any] = lambda name, content: content,
+    fetching: "Fetching | None" = None,
 ) -> Answers:
     """Take the answers that come until ``timeout`` seconds have passed; once, where they have already.
 
@@ -102,14 +108,16 @@ def collect(
         started: moment that seconds count from, as ``time.monotonic`` tells it.
         timeout: seconds.
         read: as in ``ask``.
+        fetching: for who collects again what did not arrive in time; by default that is given up.
     """
     answers = Answers()
     pause, most = POLL_SECONDS
     sleep = getattr(grid, "idle", time.sleep)  # a local grid feeds its workers meanwhile
+    fetching = fetching or Fetching(grid)
     while pending:
         before = len(pending)
         for message_id in list(pending):
-            for message in grid.pull_messages([message_id]):
+            for message in fetching.take(message_id, timeout - (time.monotonic() - started)):
                 if message.metadata.reply_to_message_id != message_id or message_id not in pending:
                     continue
                 name = pending.pop(message_id)
@@ -124,6 +132,44 @@ def collect(
         if pending:
             sleep(pause)
     return answers
+
+
+class Fetching:
+    """Fetches answers so that none holds up the others, or the round.
+
+    Flower's grid hands an answer on when all of it is there, and once its first part is, waits for the rest:
+    for three minutes after each part, whatever the deadline.
+    """
+
+    def __init__(self, grid: Grid):
+        self._grid = grid
+        self._started: dict[str, Future[list[Message]]] = {}
+
+    def take(self, message_id: str, seconds: float) -> list[Message]:
+        """Return the answer to a message, or nothing yet.
+
+        Args:
+            message_id: of the message.
+            seconds: to wait, within ``FETCH_SECONDS``; the first time alone.
+        """
+        if hasattr(self._grid, "idle"):  # a local one: answers are whole, workers are fed by this thread
+            return list(self._grid.pull_messages([message_id]))
+        if message_id not in self._started:
+            self._started[message_id] = Future()
+            fetch = contextvars.copy_context().run
+            threading.Thread(target=fetch, args=(self._fetch, message_id), daemon=True).start()
+            least, most = FETCH_SECONDS
+            wait([self._started[message_id]], max(least, min(seconds, most)))
+        if not self._started[message_id].done():
+            return []
+        return self._started.pop(message_id).result()
+
+    def _fetch(self, message_id: str) -> None:
+        future = self._started[message_id]
+        try:
+            future.set_result(list(self._grid.pull_messages([message_id])))
+        except BaseException as error:  # noqa: BLE001  for the thread that waits
+            future.set_exception(error)
 
 
 def status_of(reply: RecordDict) -> tuple[str, str]:

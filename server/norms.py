@@ -22,7 +22,11 @@ from sparsecontrast.settings import FederationConfig
 # of the usual length; a site with many times the steps of the others (of whole epochs, where train.steps is
 # null) may be honest and longer than that: it is shortened too, which the log and metrics.jsonl tell
 MULTIPLE = 1.5
-BEYOND = 20.0  # times the bound is no update of this round: it is refused, not shortened
+BEYOND = 20.0  # times the bound is no update of this round: it is refused, not shortened, if it is as long as
+PART = (
+    0.1  # of the model's norm: while the learning rate rises from 0, a site of one step hardly moves, and an
+)
+# honest one of three is many times its length
 MAJORITY = 3  # of fewer replies nobody can tell which is the usual one: they have no bound
 REFUSED = PayloadError("update_norm", "").code
 
@@ -64,10 +68,11 @@ def hold(
         StorageError: the disk is full.
     """
     kept, refused = [], {}
+    far = PART * payload.norm(reference)
     for reply in replies:
         if bound is None or reply.update_norm <= bound:
             kept.append(reply)
-        elif reply.update_norm > BEYOND * bound:
+        elif reply.update_norm > max(BEYOND * bound, far):
             refused[reply.site] = REFUSED
         else:
             short = shortened(reply.flat, reference, bound)

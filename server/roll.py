@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from server.conversation import NAME, collect, send, status_of
+from server.conversation import NAME, Fetching, collect, send, status_of
 from server.log import say, warn
 from server.strategy import quorum
 from sparsecontrast.errors import FederationError
@@ -53,6 +53,7 @@ class Roll:
     def __init__(self, grid: Grid, config: FederationConfig, fingerprint: str, overrides: str):
         self.grid, self.config, self.fingerprint = grid, config, fingerprint
         self.hello = RecordDict({"config": ConfigRecord({"overrides": overrides})})
+        self.fetching = Fetching(grid)
         self.sites: dict[str, int] = {}
         self.told: dict[int, Told] = {}  # by node, of those that answered
         self.known: set[int] = set()  # nodes that were greeted
@@ -127,7 +128,8 @@ class Roll:
 
     def _hear(self, started: float, timeout: float, pending: dict[str, str] | None = None) -> None:
         """File what nodes answer to greetings, by default to earlier ones."""
-        answers = collect(self.grid, self.pending if pending is None else pending, started, timeout)
+        asked = self.pending if pending is None else pending
+        answers = collect(self.grid, asked, started, timeout, fetching=self.fetching)
         for node, reply in answers.replies.items():
             self.told[int(node)] = _greeting(reply, self.fingerprint, _label(node))
         for node, code in answers.errors.items():

@@ -53,6 +53,8 @@ class Deployment:
         patients: of each site; it has phantoms of its own.
     """
 
+    host = "127.0.0.1"  # where the sites find the SuperLink
+
     def __init__(self, folder: Path, sites: Sequence[str] = ("north", "south", "west"), patients: int = 16):
         self.folder, self.sites, self.patients = folder.resolve(), tuple(sites), patients
         self.kits = Folders(self.folder / "federation")
@@ -79,7 +81,9 @@ class Deployment:
         bind, health, *ports = (f"127.0.0.1:{port}" for port in free_ports(2 + 2 * len(self.sites)))
         told: dict[str, Any] = {
             "federation": NAME,
-            "server": {"address": bind, "bind": bind, "health": health},
+            "server": {
+                "address": bind.replace("127.0.0.1", self.host), "bind": bind, "health": health,
+            },
             "install": {"venv": sys.prefix},
             "sites": [
                 {
@@ -150,11 +154,15 @@ class Deployment:
         self.await_health(name, lambda: ask_http(site.bind, None))
         self.await_health(name, lambda: ask_grpc(site.health))
 
+    def command(self, name: str, script: Path) -> list[str]:
+        """How a script is run for the ``superlink``, or for what is started under another name."""
+        return ["sh", str(script)]
+
     def launch(self, name: str, script: Path) -> subprocess.Popen[bytes]:
         """Start a script apart from this terminal, its words in ``NAME.log``."""
         with open(self.log(name), "ab") as log:
             self.started[name] = subprocess.Popen(
-                ["sh", str(script)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                self.command(name, script), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=self.environment, start_new_session=True,
             )  # fmt: skip
         self.sessions.add(self.started[name].pid)
@@ -180,9 +188,10 @@ class Deployment:
         Raises:
             FederationError: it failed, or did not end.
         """
+        command = self.command("superlink", self.kits.server / script)
         try:
             done = subprocess.run(
-                ["sh", str(self.kits.server / script), *arguments], stdin=subprocess.DEVNULL, text=True,
+                [*command, *arguments], stdin=subprocess.DEVNULL, text=True,
                 stdout=None if show else subprocess.PIPE, stderr=subprocess.STDOUT, env=self.environment,
                 start_new_session=True, check=False, timeout=RUN_SECONDS,
             )  # fmt: skip

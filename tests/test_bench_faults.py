@@ -17,9 +17,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from benchmarks import faults
 from benchmarks.fault_cases import (
-    byzantine, crash, growth, inputs, replies, soak, soak_processes, ten_labs,
+    byzantine,
+    crash,
+    growth,
+    inputs,
+    replies,
+    soak,
+    soak_processes,
+    ten_labs,
 )  # fmt: skip
 from benchmarks.fault_cases.case import BrokenPromiseError, Case, expect, judge
+from benchmarks.fault_cases.hook.sitecustomize import Patch
 from simulation.deploy import Deployment
 from simulation.processes import wait_until
 from sparsecontrast import checkpoint, payload
@@ -114,6 +122,24 @@ def test_a_process_dies_once_where_the_plan_says(tmp_path, code, when, rows, tor
     assert not plan.exists()
     assert subprocess.run(command, env=environment).returncode == 0
     assert len(log.rows()) == rows + 3 + torn and log.verify()
+
+
+def test_a_process_stands_where_the_plan_says_until_it_is_let_go(tmp_path):
+    plan, hook = tmp_path / "plan.json", Path(faults.__file__).parent / "fault_cases" / "hook"
+    at = {"module": "sparsecontrast.egress", "function": "_write", "when": "leave", "call": 0, "after": ""}
+    told = at | {"process": [str(tmp_path)], "victim": "nobody"}
+    plan.write_text(json.dumps(told))
+    environment = {**os.environ, "FAULTS_PLAN": str(plan), "PYTHONPATH": f"{hook}:{Path(hook).parents[2]}"}
+    command = [sys.executable, "-c", HOOKED, str(tmp_path / "site")]
+    done, log = Path(f"{plan}.done"), EgressLog(tmp_path / "site")
+    with subprocess.Popen(command, env=environment) as process:
+        wait_until(done.exists, 120)
+        assert len(log.rows()) == 1 and process.poll() is None
+        done.unlink()
+    assert process.returncode == 0 and len(log.rows()) == 3 and not plan.exists()
+    plan.write_text(json.dumps(told | {"call": 1}))  # another's: who waits for its own leaves it alone
+    Patch(told, str(plan)).kill()
+    assert plan.exists() and not done.exists()
 
 
 def test_what_is_released_and_not_charged_is_seen(tmp_path):

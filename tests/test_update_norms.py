@@ -90,6 +90,16 @@ def test_an_update_is_shortened_in_its_own_direction_and_one_far_beyond_is_refus
         assert len(list(spool.folder.iterdir())) == 6  # in place: the disk holds one model a site
 
 
+def test_where_most_sites_hardly_move_an_honest_one_is_shortened_and_not_refused(tmp_path):
+    """Lengths of a first round, in which the learning rate of the first step is 0, and one site has three."""
+    reference = vector(0, 30.0)
+    with Spool(tmp_path / "replies") as spool:
+        given = replies(spool, reference, [0.0076, 0.0076, 0.4755])
+        bound = bound_of([reply.update_norm for reply in given], AUTO)
+        kept, refused = hold(given, reference, bound, spool)
+    assert not refused and [reply.clipped for reply in kept] == [False, False, True]
+
+
 def test_a_shortened_update_has_the_length_it_may_have():
     reference = vector(0, 100.0)
     for length in (1e-3, 1.0, 50.0):

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,10 @@ class BrokenPromiseError(Exception):
     """What must hold did not; the text says what was found instead."""
 
 
+class NotHereError(Exception):
+    """A machine cannot show it; the text says what it lacks."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A fault of one group.
@@ -24,7 +28,8 @@ class Case:
     Attributes:
         group: of the table.
         fault: what is done; unique in its group.
-        work: injects it below a new folder and returns what was found, or raises ``BrokenPromiseError``.
+        work: injects it below a new folder and returns what was found, or raises ``BrokenPromiseError``, or
+            ``NotHereError``.
     """
 
     group: str
@@ -35,7 +40,8 @@ class Case:
 def judge(case: Case, out: Path, again: bool = False) -> dict[str, Any]:
     """Return a case's row: read where it was judged before, else by injecting its fault now.
 
-    Any exception is a fault that was not withstood, and stands in the row as its reason.
+    Any exception is a fault that was not withstood, and stands in the row as its reason; but for a fault that
+    could not be tried here: whether it ``held`` is None then, and the row is not kept.
 
     Args:
         case: to judge.
@@ -51,6 +57,8 @@ def judge(case: Case, out: Path, again: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     try:
         row |= {"held": True, **case.work(folder)}
+    except NotHereError as lacking:
+        return row | {"held": None, "found": f"not done here: {lacking}"}
     except BrokenPromiseError as broken:
         row |= {"held": False, "found": str(broken)}
     except Exception as error:  # noqa: BLE001  a case that ends otherwise than foreseen has failed
@@ -63,6 +71,13 @@ def judge(case: Case, out: Path, again: bool = False) -> dict[str, Any]:
 def row_file(case: Case, out: Path) -> Path:
     """Where a case's row is kept."""
     return out / "rows" / case.group / f"{slug(case.fault)}.json"
+
+
+def withstood(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Count: ``5 of 6``, and how many could not be tried."""
+    tried = [bool(row["held"]) for row in rows if row["held"] is not None]
+    left = len(rows) - len(tried)
+    return f"{sum(tried)} of {len(tried)}" + (f", {left} not done" if left else "")
 
 
 def expect(true: object, found: object) -> None:

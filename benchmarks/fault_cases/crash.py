@@ -108,21 +108,14 @@ class Struck:
         stack: stops everything when it is closed.
     """
 
+    run_words: tuple[str, ...] = RUN
+
     def __init__(self, folder: Path, stack: contextlib.ExitStack):
         self.plan, self.runs = folder / "plan.json", dict[str, list[Path]]()
         self.killed = folder / "plan.json.killed"
         self.deployment = stack.enter_context(Deployment(folder / "federation", SITES, patients=12))
         d = self.deployment
-        hook = Path(__file__).parent / "hook"
-        d.environment |= {
-            "FAULTS_PLAN": str(self.plan),
-            "PYTHONPATH": f"{hook}:{d.environment['PYTHONPATH']}",
-        }
-        d.provision()
-        file = d.kits.site(VICTIM) / "site.yaml"
-        told = yaml.safe_load(file.read_text())
-        told["overrides"] += PRIVATE
-        file.write_text(yaml.safe_dump(told))
+        self.begin_private(d)
         d.start()
         self.whole, self.base = d.folder / "whole", d.folder / "base"
         self.submit([overrides.assign("output_dir", self.whole)])
@@ -135,6 +128,19 @@ class Struck:
         self.key = str(checkpoint.read_meta(self.base, 1)["run_key"])
         for name in SITES:
             shutil.copytree(self.states(name), d.folder / "kept" / name)
+
+    def begin_private(self, d: Deployment) -> None:
+        """Provision; the processes follow the plan, and the victim trains privately."""
+        hook = Path(__file__).parent / "hook"
+        d.environment |= {
+            "FAULTS_PLAN": str(self.plan),
+            "PYTHONPATH": f"{hook}:{d.environment['PYTHONPATH']}",
+        }
+        d.provision()
+        file = d.kits.site(VICTIM) / "site.yaml"
+        told = yaml.safe_load(file.read_text())
+        told["overrides"] += PRIVATE
+        file.write_text(yaml.safe_dump(told))
 
     def states(self, name: str) -> Path:
         """Where a site keeps what it needs from round to round of the run."""
@@ -242,7 +248,7 @@ class Struck:
     def submit(self, words: list[str]) -> None:
         """Give a run to the SuperLink."""
         resumed = any(word.startswith("resume=") for word in words)
-        text = overrides.join(words if resumed else overrides.merge([*TINY, *RUN], words))
+        text = overrides.join(words if resumed else overrides.merge([*TINY, *self.run_words], words))
         self.deployment.tell("flower.sh", "run", str(ROOT), NAME, "--run-config", f'overrides="{text}"')
         self.until(lambda: self.alive(SERVER) or not self.alive("bin/flower-superlink"), "no ServerApp came")
 

@@ -2,8 +2,9 @@
 
 ``FAULTS_PLAN`` names a JSON file: in which process (words of its command line or environment), at which
 function, entered or left the how-manieth time, counted from which other one on, who dies. The plan is done
-once, and then renamed to ``*.done``; ``*.killed`` lists who died. A client process that is forked
-(``client/executor.py``) looks for the plan when it comes to be.
+once, and then renamed to ``*.done``, and ``*.killed`` lists who died; where nobody is to die, the process
+stands there until ``*.done`` is deleted. A client process that is forked (``client/executor.py``) looks for
+the plan when it comes to be.
 """
 
 import importlib.abc
@@ -12,8 +13,11 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
+
+ANY = 0  # a call: the first that finds the plan
 
 
 class Patch(importlib.abc.MetaPathFinder):
@@ -67,7 +71,7 @@ class Patch(importlib.abc.MetaPathFinder):
 
         def changed(*args: Any, **named: Any) -> Any:
             self.calls += self.armed
-            now = self.armed and self.calls == self.told["call"]
+            now = self.armed and self.told["call"] in (self.calls, ANY)
             if now and self.told["when"] == "enter":
                 self.kill()
             if now and self.told["when"] == "half":
@@ -82,10 +86,17 @@ class Patch(importlib.abc.MetaPathFinder):
         return changed
 
     def kill(self) -> None:
-        """Kill, once; who loses the race to the plan goes on."""
+        """Kill, or wait, once; who loses the race to the plan goes on."""
         try:
+            with open(self.path, encoding="utf-8") as file:
+                if json.load(file) != self.told:
+                    return  # a later plan, for another process
             os.rename(self.path, self.path + ".done")
-        except OSError:
+        except (OSError, ValueError):
+            return
+        if self.told["victim"] == "nobody":
+            while os.path.exists(self.path + ".done"):
+                time.sleep(0.02)
             return
         victims = [os.getpid()] if self.told["victim"] == "itself" else found(self.told["victim"])
         with open(self.path + ".part", "w", encoding="utf-8") as file:
