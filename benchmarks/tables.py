@@ -272,7 +272,7 @@ FAULTS = {
     "inputs": "100 broken DICOM files, 100 with random bytes, pickles in place of every file that is read",
     "storage": "a full disk at each write of server and site; flipped bits, cut and lost files",
     "transport": "wrong authority, wrong name, expired, unregistered key, plain HTTP; one with nothing wrong",
-    "byzantine": "updates turned round or ten times as long; AUROC within 0.02 of that without liars",
+    "byzantine": "updates turned round, ten times as long, or both, 2 of 10: AUROC within 0.02; controls",
     "soak": "24 rounds of ten sites: memory, files, processes, ports",
     "crash": "kill -9 of client process, ServerApp, SuperNode, SuperLink in each phase, then `resume=`",
     "network": "a hospital's line cut, silently: in training, amid weights and answers; all lines at once",
