@@ -26,6 +26,7 @@ from benchmarks.fault_cases.wire import Delivery, Trouble, Wire, serve, when_use
 from sparsecontrast import overrides, payload
 
 SITES, ALLOWED = 10, 0.02
+ROUNDS, LONG = 20, 60  # the long runs, of the first seed alone, tell lies that slow from lies that harm
 LIARS = tuple(f"hospital_{i:02d}" for i in range(SITES - 2, SITES))
 SEEDS = (0, 1, 2)
 BOUND, UNBOUND = "fedavg, norm bound", "fedavg, no norm bound"
@@ -38,7 +39,7 @@ STRATEGIES = {
 WORST = "update turned round, ten times as long"
 ATTACKS = {"update turned round": -1.0, "update ten times as long": 10.0, WORST: -10.0}
 RUN = (
-    "experiment=cells", f"federation.sites={SITES}", "federation.rounds=20", "train.local_epochs=5",
+    "experiment=cells", f"federation.sites={SITES}", "train.local_epochs=5",
     "federation.round_timeout=900", "federation.connect_timeout=900", "evaluation.baselines=[]",
 )  # fmt: skip
 
@@ -74,19 +75,21 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
     with when_used(SITES, folder / "server.log") as wire:
 
         @functools.cache
-        def run(strategy: str, factor: float, seed: int) -> tuple[float, int]:
-            told = [overrides.assign("cells.root", root), f"seed={seed}"]
-            return trained(wire(), folder / f"{strategy}-{factor:g}-{seed}", strategy, told, factor)
+        def run(strategy: str, factor: float, seed: int, rounds: int = ROUNDS) -> tuple[float, int]:
+            told = [overrides.assign("cells.root", root), f"federation.rounds={rounds}", f"seed={seed}"]
+            name = f"{strategy}-{factor:g}-{seed}" + (f"-{rounds}" if rounds != ROUNDS else "")
+            return trained(wire(), folder / name, strategy, told, factor)
 
-        def of(strategy: str, attack: str, seed: int) -> Case:
+        def of(strategy: str, attack: str, seed: int, rounds: int = ROUNDS) -> Case:
             def work(_: Path) -> Found:
-                clean, _refused = run(strategy, 1.0, seed)
-                found, refused = run(strategy, ATTACKS[attack], seed)
+                clean, _refused = run(strategy, 1.0, seed, rounds)
+                found, refused = run(strategy, ATTACKS[attack], seed, rounds)
                 text = f"AUROC {found:.3f}, clean {clean:.3f}, {refused} lies refused"
                 expect(clean - found <= ALLOWED, text)
                 return {"found": text, "auroc": round(found, 4), "clean_auroc": round(clean, 4)}
 
-            return Case("byzantine", f"{strategy}, seed {seed}: {attack}, {len(LIARS)} of {SITES}", work)
+            of_run = f"seed {seed}" + (f", {rounds} rounds" if rounds != ROUNDS else "")
+            return Case("byzantine", f"{strategy}, {of_run}: {attack}, {len(LIARS)} of {SITES}", work)
 
         def control(name: str, seed: int, told: Callable[[], float]) -> Case:
             return missed(f"control, seed {seed}: {name}", lambda: run(BOUND, 1.0, seed)[0], told)
@@ -100,6 +103,9 @@ def cases(folder: Path, quick: bool) -> Iterator[list[Case]]:
                 control(f"{UNBOUND}: {WORST}, {len(LIARS)} of {SITES}", seed, lambda w=worst: w()[0])
             )
             found += [of(s, a, seed) for s in STRATEGIES if s != UNBOUND for a in ATTACKS]
+        if not quick:
+            turned = [attack for attack, factor in ATTACKS.items() if factor < 0]
+            found += [of(s, a, SEEDS[0], LONG) for s in (BOUND, "median") for a in turned]
         yield found
 
 
