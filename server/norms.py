@@ -22,11 +22,10 @@ from sparsecontrast.settings import FederationConfig
 # of the usual length; a site with many times the steps of the others (of whole epochs, where train.steps is
 # null) may be honest and longer than that: it is shortened too, which the log and metrics.jsonl tell
 MULTIPLE = 1.5
-BEYOND = 20.0  # times the bound is no update of this round: it is refused, not shortened, if it is as long as
-PART = (
-    0.1  # of the model's norm: while the learning rate rises from 0, a site of one step hardly moves, and an
-)
-# honest one of three is many times its length
+BEYOND = 20.0  # times the bound is no update of this round: it is refused, not shortened
+# of the model's norm: a shorter update is never refused. While the learning rate rises from 0, a site of one
+# step hardly moves, and an honest one of three is many times its length
+PART = 0.1
 MAJORITY = 3  # of fewer replies nobody can tell which is the usual one: they have no bound
 REFUSED = PayloadError("update_norm", "").code
 
